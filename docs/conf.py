@@ -1,6 +1,7 @@
 """How Sphinx builds the site: `make docs`. The sections and the order of their pages are at the end of ``index.md``."""
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,6 +9,10 @@ from sphinx import addnodes
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]  # the notebooks' parser, and the package of this folder rather than one that is installed
+
+# Sphinx reads pages below this folder alone, and the notebooks stand at the top of the project, where people look for them.
+shutil.rmtree(HERE / "notebooks", ignore_errors=True)
+shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks", ignore=lambda _, names: [n for n in names if not n.endswith(".ipynb")])
 
 project = "lmprobe-zarr"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "numpydoc", "sphinx_copybutton", "notebook_pages"]
@@ -39,8 +44,9 @@ html_show_sourcelink = False
 templates_path = ["templates"]
 
 
-def _mark_pictures(_app, _name, source):
-    """Give a picture for one ground, light or dark, the class that the theme hides on the other."""
+def _adapt_source(_app, _name, source):
+    """Lead links to the folders of the site, and give a picture for light or dark ground the class that the theme hides on the other."""
+    source[0] = source[0].replace("](../notebooks/", "](notebooks/").replace("](../docs/", "](../")
     source[0] = re.sub(r"(\]\([^)]*\.png)#(only-(?:light|dark))\)", r"\1){.\2}", source[0])
 
 
@@ -52,5 +58,5 @@ def _list_pages(app, _name, _template, context, _doctree):
 
 def setup(app):
     """Tell Sphinx what is done to each page."""
-    app.connect("source-read", _mark_pictures)
+    app.connect("source-read", _adapt_source)
     app.connect("html-page-context", _list_pages)

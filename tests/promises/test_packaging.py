@@ -99,7 +99,7 @@ def test_the_source_archive_holds_what_builds_tests_and_explains_it(built: Path)
         "docs/index.md",
         "docs/conf.py",
         "docs/notebook_pages.py",
-        "docs/notebooks/first_store.ipynb",
+        "notebooks/first_store.ipynb",
         "docs/templates/sections.html",
     } <= names
     assert {"tests/conftest.py", "lmprobe_zarr/py.typed", "tests/old_stores/version-1/store/zarr.json"} <= names
