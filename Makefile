@@ -4,6 +4,7 @@
 #   make test-core   what depends on the interpreter, numpy, zarr and xarray, on Python 3.12+ with the newest zarr and without torch
 #   make test-lowest the same tests, and those of extraction, with the lowest versions that pyproject.toml allows; no part of make test
 #   make test-engines vLLM as an engine, and what it and hs-connectors write, imported: an environment of their own, 3.4 GB; no part of make test
+#   make test-release the wheel in an empty environment of each Python from 3.11 on that is here, and the docs from the source archive; no part of make test
 #   make test-gpu    tests and a table of speeds on a GPU, skipped without one; no part of make test
 #   make check       the inner loop: lint, and the tests of the rooms that changed since the last commit
 #   make pages       write the pages that are made from the code again: errors, command line, environment, architecture
@@ -25,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Where it is set, each of the hundreds of processes that tests start would compile the package again: a third of what an import takes.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-core test-lowest test-engines test-gpu check pages lint bench docs models notebooks stress clean setup
+.PHONY: demo test test-core test-lowest test-engines test-release test-gpu check pages lint bench docs models notebooks stress clean setup
 
 setup: $(VENV)/ready
 
@@ -127,6 +128,9 @@ $(ENGINES)/ready: Makefile
 	$(ENGINES)/bin/python -m pip install --quiet --requirement $(ENGINES)/requirements.txt
 	$(ENGINES)/bin/python -m pip install --quiet --editable ".[models]"
 	touch $@
+
+test-release: setup
+	LMPROBE_ZARR_STRESS=1 $(VENV)/bin/python -m pytest -p no:cacheprovider -m long tests/promises/test_packaging.py
 
 # Everything is skipped without a GPU, and where the index gives a torch without CUDA.
 test-gpu: setup

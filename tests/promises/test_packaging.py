@@ -43,8 +43,8 @@ print({entry.group: entry.value for entry in found.entry_points})
 """
 
 
-def run(*command: str | Path, cwd: Path) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, check=False)
+def run(*command: str | Path, cwd: Path, seconds: float = 240) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=seconds, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -140,3 +140,54 @@ def test_the_forms_for_issues_are_what_the_forge_takes() -> None:
         assert all(field["type"] in {"textarea", "input", "dropdown", "checkboxes"} for field in fields), form.name
         assert all(field["attributes"]["label"] for field in fields), form.name
         assert len({field["id"] for field in fields}) == len(fields), form.name
+
+
+# As somebody uses it who has installed nothing else: what is printed comes from the installed package and the libraries that pip chose.
+FIRST_USE = """
+import sys
+import numpy as np
+import lmprobe_zarr as lz
+place = sys.argv[1]
+values = np.random.default_rng(0).standard_normal((2, 40, 8)).astype("float32")
+labels = np.arange(40) % 2
+values[1] += 3 * labels[:, None]
+lz.write_activations(place, model="acme/toy", prompts=[f"p{i}" for i in range(40)], pooled={"resid_mean": {0: values[0], 1: values[1]}})
+data = lz.open_store(place, "r").dataset()
+assert (data.resid_mean.sel(layer=1).values == values[1]).all()
+scores = lz.sweep(data.resid_mean, labels=labels, probes=["ridge"], cv=3)
+assert scores.accuracy.sel(layer=1).min() > 0.9 > scores.accuracy.sel(layer=0).mean()
+"""
+
+
+def find_interpreter(version: str) -> str:
+    """An interpreter of this version that can make environments, from the path or pyenv's folder; skips where there is none."""
+    known = [f"python{version}", *map(str, sorted((Path.home() / ".pyenv" / "versions").glob(f"{version}.*/bin/python"), reverse=True))]
+    code = f"import sys, venv, ensurepip; sys.exit('%d.%d' % sys.version_info[:2] != {version!r})"
+    for command in known:
+        if shutil.which(command) and subprocess.run([command, "-c", code], capture_output=True, check=False).returncode == 0:
+            return command
+    pytest.skip(f"there is no Python {version} on this machine")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13", "3.14"])
+def test_the_wheel_is_installed_into_an_empty_environment_and_used(version: str, built: Path, tmp_path: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    run(find_interpreter(version), "-m", "venv", tmp_path / "env", cwd=tmp_path)
+    python = tmp_path / "env" / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", wheel, cwd=tmp_path, seconds=500)
+    run(python, "-I", "-W", "error", "-c", FIRST_USE, tmp_path / "acts", cwd=tmp_path)
+    command = tmp_path / "env" / "bin" / "lmprobe-zarr"
+    assert run(command, "--version", cwd=tmp_path).strip() == f"lmprobe-zarr {lz.__version__}"
+    assert "acme/toy" in run(command, "info", tmp_path / "acts", cwd=tmp_path)
+
+
+@pytest.mark.long
+def test_the_source_archive_builds_the_documentation(built: Path, tmp_path: Path) -> None:
+    pytest.importorskip("sphinx")
+    (archive,) = built.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        opened.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
+    run(sys.executable, "-m", "sphinx", "--fail-on-warning", "--quiet", "docs", tmp_path / "site", cwd=source)
+    assert (tmp_path / "site" / "notebooks" / "first_store.html").stat().st_size > 10_000
