@@ -74,10 +74,11 @@ def test_every_page_is_in_the_navigation_and_linked_from_the_first_page() -> Non
         for tree in re.findall(r"^```{toctree}\n(.*?)^```$", first, re.MULTILINE | re.DOTALL)
         for name in re.findall(r"<(\S+)>$", tree, re.MULTILINE)
     ]
-    pages = {page.relative_to(docs).with_suffix("").as_posix() for kind in ("*.md", "*.ipynb") for page in docs.rglob(kind)}
+    pages = {page.relative_to(docs).with_suffix("").as_posix() for page in docs.rglob("*.md")}
+    pages |= {f"notebooks/{page.stem}" for page in (ROOT / "notebooks").glob("*.ipynb")}
     assert len(navigation) == len(set(navigation))
     assert {"index", *navigation} == pages
-    linked = {link.rpartition(".")[0] for link in LINK.findall(first)}
+    linked = {link.rpartition(".")[0].removeprefix("../") for link in LINK.findall(first)}
     assert set(navigation) <= linked, sorted(set(navigation) - linked)
 
 
