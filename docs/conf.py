@@ -7,17 +7,13 @@ from pathlib import Path
 
 from sphinx import addnodes
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]  # the notebooks' parser, and the package of this folder rather than one that is installed
-
-# Sphinx reads pages below this folder alone, and the notebooks stand at the top of the project, where people look for them.
-shutil.rmtree(HERE / "notebooks", ignore_errors=True)
-shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks", ignore=lambda _, names: [n for n in names if not n.endswith(".ipynb")])
 
 project = "lmprobe-zarr"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "numpydoc", "sphinx_copybutton", "notebook_pages"]
 source_suffix = {".md": "markdown"}
-exclude_patterns = ["templates", "static", "**/.ipynb_checkpoints"]
+exclude_patterns = ["templates", "static"]
 default_role = "py:obj"  # a name in backticks leads to its entry in the reference, where it has one
 nitpicky = True  # what a docstring names by a role, as in :func:`sweep`, has to be there
 nitpick_ignore_regex = [("py:obj", ".*")]
@@ -44,6 +40,15 @@ html_show_sourcelink = False
 templates_path = ["templates"]
 
 
+def _copy_notebooks(app, _config):
+    """Sphinx reads pages below this folder alone, and the notebooks stand at the top of the project, where people look for them."""
+    if Path(app.srcdir) == HERE:  # a test builds another folder with these settings
+        shutil.rmtree(HERE / "notebooks", ignore_errors=True)
+        (HERE / "notebooks").mkdir()
+        for notebook in (HERE.parent / "notebooks").glob("*.ipynb"):
+            shutil.copy2(notebook, HERE / "notebooks")
+
+
 def _adapt_source(_app, _name, source):
     """Lead links to the folders of the site, and give a picture for light or dark ground the class that the theme hides on the other."""
     source[0] = source[0].replace("](../notebooks/", "](notebooks/").replace("](../docs/", "](../")
@@ -58,5 +63,6 @@ def _list_pages(app, _name, _template, context, _doctree):
 
 def setup(app):
     """Tell Sphinx what is done to each page."""
+    app.connect("config-inited", _copy_notebooks)
     app.connect("source-read", _adapt_source)
     app.connect("html-page-context", _list_pages)
