@@ -28,6 +28,7 @@ import lmprobe_zarr as lz
 from lmprobe_zarr import config
 from lmprobe_zarr.extraction import models as extraction
 from lmprobe_zarr.storage import open as open_room
+from lmprobe_zarr.storage import pace
 from lmprobe_zarr.storage.s3_obstore import ObstoreS3Storage
 from lmprobe_zarr.store.parts import writer
 from lmprobe_zarr.store.parts.array_files import ArrayFiles
@@ -207,6 +208,7 @@ def s3(s3_session: s3_server.S3, monkeypatch: pytest.MonkeyPatch) -> s3_server.S
     import s3fs
 
     s3fs.S3FileSystem.clear_instance_cache()
+    pace._pace_of.cache_clear()  # how many requests at a time a client sends is what its server answered before
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     values = {"AWS_ACCESS_KEY_ID": s3_server.ADMIN["key"], "AWS_SECRET_ACCESS_KEY": s3_server.ADMIN["secret"]}

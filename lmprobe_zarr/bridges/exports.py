@@ -283,7 +283,7 @@ def export_safetensors(
                         work.append(partial(_write_prompt, target, folder, export, first + i, prompt_rows, overwrite, there, written, i))
                     elif not problem:
                         skipped.add("prompts that hold nothing of what was requested", export.name(first + i))
-                run_all(work, local=target.is_local)
+                run_all(work, target.pace)
                 for i, sizes in enumerate(written):
                     if sizes is None:
                         continue

@@ -9,6 +9,7 @@ from lmprobe_zarr.storage.base import FileInfo, Storage
 from lmprobe_zarr.storage.hub import HubDraft, HubStorage
 from lmprobe_zarr.storage.local import LocalStorage, read_at
 from lmprobe_zarr.storage.open import open_storage
+from lmprobe_zarr.storage.pace import Pace, local_pace
 from lmprobe_zarr.storage.pieces import PieceWriter, StrayUpload
 from lmprobe_zarr.storage.read_cache import KeptReads, ReadCache, ReadCacheSize
 from lmprobe_zarr.storage.remote import FsspecStorage
@@ -21,12 +22,14 @@ __all__ = [
     "HubStorage",
     "KeptReads",
     "LocalStorage",
+    "Pace",
     "PieceWriter",
     "ReadCache",
     "ReadCacheSize",
     "Storage",
     "StrayUpload",
     "empty_aligned",
+    "local_pace",
     "local_path",
     "open_storage",
     "read_at",

@@ -19,15 +19,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Final
 
 from lmprobe_zarr.errors import AlreadyCommittedError
+from lmprobe_zarr.storage.pace import Pace, local_pace
 from lmprobe_zarr.storage.pieces import PieceWriter, StrayUpload
 from lmprobe_zarr.typing import Buffer
 
-__all__ = ["REMOTE_THREADS", "FileInfo", "Storage", "check_same", "media_type"]
-
-REMOTE_THREADS: Final = 32  # that read from or write to a remote place at the same time
+__all__ = ["FileInfo", "Storage", "check_same", "media_type"]
 
 
 def media_type(key: str) -> str | None:
@@ -70,6 +68,11 @@ class Storage(ABC):
     def server(self) -> str:
         """Which server or account the files are on, where the URL does not say it; never a secret."""
         return ""
+
+    @property
+    def pace(self) -> Pace:
+        """How many requests are sent at a time."""
+        return local_pace()
 
     def check_reach(self) -> None:
         """Raise `InvalidArgumentError` where no other process can read these files."""

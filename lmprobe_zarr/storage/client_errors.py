@@ -16,7 +16,7 @@ from lmprobe_zarr.errors import (
     UnreachableError,
 )
 
-__all__ = ["CutShortError", "as_our_error", "is_passing", "response_code", "without_secrets"]
+__all__ = ["CutShortError", "as_our_error", "is_passing", "is_throttling", "response_code", "without_secrets"]
 
 _EXPIRED: Final = {
     "ExpiredToken", "ExpiredTokenException", "InvalidAuthenticationInfo", "InvalidToken", "RequestExpired", "TokenRefreshRequired"
@@ -43,6 +43,7 @@ _ALSO_DENIED: Final = (
 )
 _CAUSES: Final = 5  # that are looked at behind an error
 _QUOTA: Final = re.compile(r"quota|storage.?full|insufficient.?storage|no.?space|disk.?full|storage.?limit", re.IGNORECASE)
+_THROTTLING: Final = re.compile(r"slow.?down|throttl|too.?many.?req|limit.?exceeded|busy", re.IGNORECASE)
 _NO_SPACE_NUMBERS: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _PASSING: Final = {
     "BandwidthLimitExceeded", "InternalError", "OperationAborted", "PriorRequestNotComplete", "RequestLimitExceeded", "RequestTimeout",
@@ -111,11 +112,17 @@ def is_passing(error: BaseException | None) -> bool:
     code, status = response_code(error)
     if _QUOTA.search(code):
         return False
-    if code in _PASSING or re.search(r"slow.?down|throttl|too.?many.?req|limit.?exceeded|busy|try.?again", code, re.IGNORECASE):
+    if code in _PASSING or _THROTTLING.search(code) or re.search(r"try.?again", code, re.IGNORECASE):
         return True
     if status in (408, 425, 429) or (status >= 500 and status not in (501, 505, 507)):
         return True
     return _is_cut_short(error) or bool({kind.__name__ for kind in type(error).__mro__} & _TRIED_ONCE)
+
+
+def is_throttling(error: BaseException | None) -> bool:
+    """Whether a request was refused because the server has too many: fewer at a time are answered."""
+    code, status = response_code(error)
+    return not _QUOTA.search(code) and (status in (429, 503) or bool(_THROTTLING.search(code)))
 
 
 def _is_cut_short(error: BaseException | None) -> bool:

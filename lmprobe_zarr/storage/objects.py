@@ -56,7 +56,7 @@ class ObjectStorage(FsspecStorage):
         return {name: entry.nbytes for name, entry in self._entries(key, deep=True) if name in wanted}
 
     def remove(self, keys: Iterable[str]) -> None:
-        run_all([partial(self._remove_object, key) for key in keys], local=False)
+        run_all([partial(self._remove_object, key) for key in keys], self.pace)
 
     def _remove_object(self, key: str) -> None:
         with suppress(FileNotFoundError):

@@ -12,13 +12,14 @@ from fsspec.implementations.memory import MemoryFileSystem
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.storage.address import parse_address, unfilled, unfilled_name
 from lmprobe_zarr.storage.azure import AzureStorage, azure_root
-from lmprobe_zarr.storage.base import REMOTE_THREADS, Storage
+from lmprobe_zarr.storage.base import Storage
 from lmprobe_zarr.storage.client_errors import as_our_error, without_secrets
 from lmprobe_zarr.storage.gcs import GcsStorage
 from lmprobe_zarr.storage.http import HttpStorage
 from lmprobe_zarr.storage.hub import HubBucketStorage, HubStorage, check_hub_url, is_bucket
 from lmprobe_zarr.storage.local import LocalStorage
 from lmprobe_zarr.storage.memory import MemoryStorage
+from lmprobe_zarr.storage.pace import REMOTE_REQUESTS
 from lmprobe_zarr.storage.remote import FsspecStorage
 from lmprobe_zarr.storage.s3 import S3Storage
 from lmprobe_zarr.storage.s3_obstore import ObstoreS3Storage
@@ -107,7 +108,7 @@ def _with_defaults(place: str, options: Mapping[str, Any]) -> dict[str, Any]:
         # s3fs requests the size of a file before it reads it, unless max_concurrency is 1. Its own retries multiply with botocore's.
         filled.setdefault("max_concurrency", 1)
         filled["config_kwargs"] = {
-            "max_pool_connections": REMOTE_THREADS,
+            "max_pool_connections": REMOTE_REQUESTS,
             "retries": {"mode": "standard", "total_max_attempts": 3},
             **(given.get("config_kwargs") or {}),
         }

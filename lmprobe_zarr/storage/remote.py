@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
@@ -15,8 +15,9 @@ from typing import Any, Final
 from fsspec.implementations.cached import CachingFileSystem
 
 from lmprobe_zarr.errors import AccessDeniedError, LmprobeZarrError, ReadOnlyError, StoreNotFoundError, UnreachableError
-from lmprobe_zarr.storage.base import REMOTE_THREADS, FileInfo, Storage, check_same
-from lmprobe_zarr.storage.client_errors import as_our_error, is_passing, response_code, without_secrets
+from lmprobe_zarr.storage.base import FileInfo, Storage, check_same
+from lmprobe_zarr.storage.client_errors import as_our_error, is_passing, is_throttling, response_code, without_secrets
+from lmprobe_zarr.storage.pace import REMOTE_REQUESTS, Pace, remote_pace
 from lmprobe_zarr.storage.pieces import PieceWriter
 from lmprobe_zarr.storage.ranges import REMOTE_GAP, Answer, Run, cut, joined
 from lmprobe_zarr.storage.threads import run_all
@@ -27,6 +28,8 @@ __all__ = ["FsspecStorage", "modified_at"]
 # Seconds between the tries of a request that is refused in a way that passes, and after how long a client's own tries are enough.
 _WAITS: Final = (0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0)
 _TRIED_SECONDS: Final = 5.0
+# For how long a request is repeated that is refused because there are too many, while the server answers others.
+_THROTTLED_SECONDS: Final = 60.0
 _PUT_ATTEMPTS: Final = 6  # at a conditional put while other writers try the same
 _LARGE_BYTES: Final = 2**26  # for longer runs the file's size is looked up first: clients may take memory for what is requested
 _BITE_BYTES: Final = 2**20
@@ -53,6 +56,8 @@ class FsspecStorage(Storage):
     is_slow = True
     # Whether the client is known to return ranges, and not whole files in their place.
     sends_ranges = True
+    # More are of no use to clients in Python, which are bound by the interpreter then.
+    most_requests = REMOTE_REQUESTS
 
     def __init__(self, filesystem: Any, root: str, url: str) -> None:
         self.filesystem = filesystem
@@ -76,6 +81,10 @@ class FsspecStorage(Storage):
         options = getattr(self.filesystem, "client_kwargs", None)
         found.append(str(options.get("endpoint_url") or "") if isinstance(options, Mapping) else "")
         return without_secrets(" ".join(found))
+
+    @property
+    def pace(self) -> Pace:
+        return remote_pace(self.filesystem, self.most_requests)
 
     def _path(self, key: str) -> str:
         return f"{self.root}/{key}" if key else self.root
@@ -101,19 +110,32 @@ class FsspecStorage(Storage):
     ) -> Any:
         """What a method of the file system returns, called again while the server refuses in a way that passes.
 
-        Errors are those of `translating_errors`. A client that has tried for long on its own is not called again.
+        Errors are those of `translating_errors`. A client that has tried for long on its own is not called again, unless the server refused
+        because there are too many requests, and has answered others since.
         """
-        for wait in (*_WAITS, None):
-            began = time.monotonic()
-            try:
-                with self.translating_errors(key, writing=writing, listing=listing):
-                    return function(*args, **kwargs)
-            except UnreachableError as error:
-                cause = error.__cause__
-                if wait is None or not is_passing(cause) or self._was_repeated(cause, time.monotonic() - began):
-                    raise
-            time.sleep(wait)
-        raise AssertionError("the last attempt returns or raises")
+        pace, began = self.pace, time.monotonic()
+        waits = iter(_WAITS)
+        # A request that waits to be repeated keeps its turn: so fewer are under way.
+        with pace.turn():
+            while True:
+                sent, answers = time.monotonic(), pace.answers
+                try:
+                    with self.translating_errors(key, writing=writing, listing=listing):
+                        answer = function(*args, **kwargs)
+                except UnreachableError as error:
+                    cause, now = error.__cause__, time.monotonic()
+                    wait, is_throttled = next(waits, None), is_throttling(cause)
+                    if is_throttled:
+                        pace.refused(sent)
+                    if not (is_throttled and pace.answers > answers and now - began < _THROTTLED_SECONDS) and (
+                        wait is None or not is_passing(cause) or self._was_repeated(cause, now - sent)
+                    ):
+                        raise
+                else:
+                    pace.answered(time.monotonic() - sent)
+                    return answer
+                # Not all at the same moment again.
+                time.sleep((_WAITS[-1] if wait is None else wait) * random.uniform(0.5, 1.0))
 
     def _was_repeated(self, error: BaseException | None, seconds: float) -> bool:
         """Whether the client has repeated a request on its own that failed after so many seconds."""
@@ -149,7 +171,7 @@ class FsspecStorage(Storage):
             rest = runs[1:]
             if answers[runs[0]].is_whole:
                 return cut(ranges, runs, dict.fromkeys(runs, answers[runs[0]]))
-        run_all([partial(read, run) for run in rest], local=False)
+        run_all([partial(read, run) for run in rest], self.pace)
         return cut(ranges, runs, answers)
 
     def _read_copy(self, key: str, runs: Sequence[Run]) -> dict[Run, Answer]:
@@ -276,23 +298,23 @@ class FsspecStorage(Storage):
             return super().sizes(key, names)
         # Web servers list nothing: the size of each file is a request of its own.
         listed = list(names)
-        with ThreadPoolExecutor(REMOTE_THREADS) as pool:
-            return {name: size for name, size in zip(listed, pool.map(partial(self._size, key), listed), strict=True) if size is not None}
+        found: dict[str, int] = {}
 
-    def _size(self, key: str, name: str) -> int | None:
-        try:
-            size = self._length(f"{key}/{name}")
-            # A server need not send the size; then the whole file is read.
-            return len(self.read(f"{key}/{name}")) if size is None else size
-        except FileNotFoundError:
-            return None
+        def look_up(name: str) -> None:
+            with suppress(FileNotFoundError):
+                size = self._length(f"{key}/{name}")
+                # A server need not send the size; then the whole file is read.
+                found[name] = len(self.read(f"{key}/{name}")) if size is None else size
+
+        run_all([partial(look_up, name) for name in listed], self.pace)
+        return {name: found[name] for name in listed if name in found}
 
     def _length(self, key: str) -> int | None:
         size = self.call(self.filesystem.info, self._path(key), key=key).get("size")
         return None if size is None else int(size)
 
     def remove(self, keys: Iterable[str]) -> None:
-        run_all([partial(self._remove_file, self._path(key)) for key in keys], local=False)
+        run_all([partial(self._remove_file, self._path(key)) for key in keys], self.pace)
 
     def _remove_file(self, path: str) -> None:
         # Never rm(): it takes [ ] * ? in a name for a pattern, and removes every file that fits it.
@@ -329,7 +351,7 @@ class FsspecStorage(Storage):
         except FileNotFoundError:
             return
         files = [name for name, entry in found.items() if entry.get("type") != "directory"]
-        run_all([partial(self._remove_file, name) for name in files], local=False)
+        run_all([partial(self._remove_file, name) for name in files], self.pace)
         # Object stores have no folders to remove, and say so in their own ways.
         folders = {path, *(name for name, entry in found.items() if entry.get("type") == "directory")}
         for folder in sorted(folders, key=len, reverse=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
@@ -47,12 +48,27 @@ class S3Storage(FsspecStorage):
         bucket, name, _ = self.filesystem.split_path(self._path(key))
         return {"Bucket": bucket, "Key": name}
 
-    def _request(self, key: str, run: Run) -> Answer | None:
-        answer: Answer | None = self.call(self._get, self.object_of(key), run, key=key)
+    def send(self, verb: str, **request: Any) -> Any:
+        """The answer to one request, as botocore gives it."""
+        sent = time.monotonic()
+        # Not every s3fs says of every request by itself that the reader pays.
+        answer = self.filesystem.call_s3(verb, **self.filesystem.req_kw, **request)
+        if answer.get("ResponseMetadata", {}).get("RetryAttempts"):
+            # botocore repeats what a server refuses, without a word.
+            self.pace.refused(sent)
         return answer
 
-    def _get(self, where: dict[str, str], run: Run) -> Answer | None:
-        answer = self.filesystem.call_s3("get_object", **where, Range=run.header)
+    def read(self, key: str) -> bytes:
+        data: bytes = self.call(lambda: self._get(self.object_of(key))[1], key=key)
+        return data
+
+    def _request(self, key: str, run: Run) -> Answer | None:
+        found, data = self.call(self._get, self.object_of(key), key=key, Range=run.header)
+        is_partial = found.get("ResponseMetadata", {}).get("HTTPStatusCode", 206) == 206
+        return answered(run, data, is_partial=is_partial, content_range=found.get("ContentRange"))
+
+    def _get(self, where: dict[str, str], **request: str) -> tuple[Any, bytes]:
+        answer = self.send("get_object", **where, **request)
 
         async def read() -> bytes:
             async with answer["Body"] as body:
@@ -60,18 +76,16 @@ class S3Storage(FsspecStorage):
             return data
 
         try:
-            data = sync(self.filesystem.loop, read)
+            return answer, sync(self.filesystem.loop, read)
         except Exception as error:
             # The client repeats requests that fail, but not one whose body ends early.
             raise CutShortError(str(error)) from error
-        is_partial = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 206) == 206
-        return answered(run, data, is_partial=is_partial, content_range=answer.get("ContentRange"))
 
     def _about(self, key: str) -> dict[str, Any]:
         return {"ContentType": kind} if (kind := media_type(key)) else {}
 
     def open_pieces(self, key: str, *, durable: bool) -> PieceWriter:
-        return S3Pieces(self, key, self.object_of(key))
+        return S3Pieces(self, key, self.object_of(key), self.send)
 
     def stray_uploads(self, key: str) -> list[StrayUpload]:
         bucket, prefix = self._folder(key)
@@ -81,7 +95,7 @@ class S3Storage(FsspecStorage):
         # Some servers list no uploads, and some accounts may not list them.
         with suppress(OSError, NotImplementedError, ValueError):
             while True:
-                page = self.call(partial(self.filesystem.call_s3, "list_multipart_uploads", **request), key=key, listing=True)
+                page = self.call(partial(self.send, "list_multipart_uploads", **request), key=key, listing=True)
                 for entry in page.get("Uploads") or ():
                     if entry["Key"].startswith(prefix):  # not every server looks at the prefix
                         began = {"LastModified": entry.get("Initiated")}
@@ -93,12 +107,12 @@ class S3Storage(FsspecStorage):
         return found
 
     def abort_uploads(self, uploads: Iterable[StrayUpload]) -> None:
-        run_all([partial(self._abort_upload, upload) for upload in uploads], local=False)
+        run_all([partial(self._abort_upload, upload) for upload in uploads], self.pace)
 
     def _abort_upload(self, upload: StrayUpload) -> None:
         request = {**self.object_of(upload.key), "UploadId": upload.name}
         with suppress(FileNotFoundError):
-            self.call(partial(self.filesystem.call_s3, "abort_multipart_upload", **request), key=upload.key, writing=True)
+            self.call(partial(self.send, "abort_multipart_upload", **request), key=upload.key, writing=True)
 
     def _was_repeated(self, error: BaseException | None, seconds: float) -> bool:
         if isinstance(error, CutShortError):
@@ -112,7 +126,7 @@ class S3Storage(FsspecStorage):
         if not where["Key"]:
             return False
         try:
-            self.call(partial(self.filesystem.call_s3, "head_object", **where), key=key)
+            self.call(partial(self.send, "head_object", **where), key=key)
         except StoreNotFoundError:
             raise
         except FileNotFoundError:
@@ -139,10 +153,10 @@ class S3Storage(FsspecStorage):
         bucket, prefix = self._folder("")
 
         def first_keys() -> list[str]:
-            page = self.filesystem.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix)
+            page = self.send("list_objects_v2", Bucket=bucket, Prefix=prefix)
             return [entry["Key"].removeprefix(prefix) for entry in page.get("Contents", ())]
 
-        return submit(first_keys)
+        return submit(first_keys, self.pace)
 
     def sizes(self, key: str, names: Iterable[str]) -> dict[str, int]:
         wanted = set(names)
@@ -157,7 +171,7 @@ class S3Storage(FsspecStorage):
 
     def _pages(self, key: str, **request: str) -> Iterator[dict[str, Any]]:
         while True:
-            page = self.call(partial(self.filesystem.call_s3, "list_objects_v2", **request), key=key, listing=True)
+            page = self.call(partial(self.send, "list_objects_v2", **request), key=key, listing=True)
             yield page
             if not page.get("IsTruncated"):
                 return
@@ -183,7 +197,7 @@ class S3Storage(FsspecStorage):
             request = {"Objects": [{"Key": item["Key"]} for item in some], "Quiet": True}
             answer = {} if self._deletes_singly else self._delete_many(some[0]["Bucket"], request)
             if self._deletes_singly:
-                run_all([partial(self._delete_object, item) for item in some], local=False)
+                run_all([partial(self._delete_object, item) for item in some], self.pace)
             # The request succeeds even where no deletion was allowed.
             for failed in answer.get("Errors", ()):
                 if failed.get("Code") not in _NOT_THERE:
@@ -193,7 +207,7 @@ class S3Storage(FsspecStorage):
     def _delete_many(self, bucket: str, request: dict[str, Any]) -> dict[str, Any]:
         """The server's answer; empty, with a note for all later calls, where it takes no such request."""
         try:
-            answer = self.call(partial(self.filesystem.call_s3, "delete_objects", Bucket=bucket, Delete=request), writing=True)
+            answer = self.call(partial(self.send, "delete_objects", Bucket=bucket, Delete=request), writing=True)
             return dict(answer)
         except (AccessDeniedError, NoSpaceError, ReadOnlyError, StoreNotFoundError):
             raise
@@ -206,4 +220,4 @@ class S3Storage(FsspecStorage):
 
     def _delete_object(self, item: dict[str, str]) -> None:
         with suppress(FileNotFoundError):
-            self.call(partial(self.filesystem.call_s3, "delete_object", **item), key=item["Key"], writing=True)
+            self.call(partial(self.send, "delete_object", **item), key=item["Key"], writing=True)

@@ -70,6 +70,8 @@ class ObstoreS3Storage(S3Storage):
         obstore is not installed, or a setting of s3fs has no counterpart in it.
     """
 
+    most_requests = 64
+
     def __init__(self, filesystem: Any, root: str, url: str) -> None:
         super().__init__(filesystem, root, url)
         try:
@@ -165,7 +167,7 @@ class ObstoreS3Storage(S3Storage):
             found = obstore.list(store, prefix or None, chunk_size=1000)
             return [str(entry["path"]).removeprefix(prefix) for entry in next(iter(found), [])]
 
-        return submit(partial(self._ask, first_keys))
+        return submit(partial(self._ask, first_keys), self.pace)
 
 
 def _is_taken(name: str) -> bool:

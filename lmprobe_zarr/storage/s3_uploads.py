@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final
@@ -29,18 +29,20 @@ class S3Pieces(PieceWriter):
     key : str
     where : mapping of str to str
         The bucket and the name of the object, as arguments of a request.
+    send : callable
+        Sends one request: its name, and its arguments by name.
     """
 
-    def __init__(self, storage: FsspecStorage, key: str, where: Mapping[str, str]) -> None:
+    def __init__(self, storage: FsspecStorage, key: str, where: Mapping[str, str], send: Callable[..., Any]) -> None:
         super().__init__(f"{storage.url}/{key}")
-        self._storage, self._key, self._where = storage, key, where
+        self._storage, self._key, self._where, self._request = storage, key, where, send
         self._waiting = bytearray()
         self._upload: str | None = None
         self._parts: list[dict[str, Any]] = []
         self._may_be_whole = False
 
     def _call(self, verb: str, **request: Any) -> Any:
-        return self._storage.call(partial(self._storage.filesystem.call_s3, verb, **self._where, **request), key=self._key, writing=True)
+        return self._storage.call(partial(self._request, verb, **self._where, **request), key=self._key, writing=True)
 
     def _append(self, view: memoryview) -> None:
         self._waiting += view

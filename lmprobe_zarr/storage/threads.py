@@ -1,25 +1,33 @@
-"""`run_all`: many reads or writes at a time, on one pool of threads per process and kind of place. Knows no storage."""
+"""`run_all`: many reads or writes at a time, on one pool of threads per process and kind of place. Knows no storage, only its pace."""
 
 from __future__ import annotations
 
-import functools
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Final, TypeVar
 
-from lmprobe_zarr.storage.base import REMOTE_THREADS
+from lmprobe_zarr.storage.pace import Pace
 
 __all__ = ["run_all", "submit"]
 
 T = TypeVar("T")
 
 
-def run_all(jobs: Iterable[Callable[[], None]], *, local: bool = True) -> None:
-    """Run jobs on this thread and the package's pool, and wait for all. After an error no more jobs start, and it is raised."""
+_pools: Final[dict[tuple[int, bool, int], ThreadPoolExecutor]] = {}
+_lock: Final = threading.Lock()
+
+
+def run_all(jobs: Iterable[Callable[[], None]], pace: Pace) -> None:
+    """Run jobs on this thread and the package's pool, as many at a time as `pace` says, and wait for all.
+
+    After an error no more jobs start, and it is raised.
+    """
     todo = deque(jobs)
     errors: list[BaseException] = []
+    futures: list[Future[None]] = []
 
     def work() -> None:
         # One task per thread, not per job: thousands of small chunks would pay for each.
@@ -32,9 +40,15 @@ def run_all(jobs: Iterable[Callable[[], None]], *, local: bool = True) -> None:
                 job()
             except BaseException as error:  # noqa: BLE001 — raised below, on the caller's thread
                 errors.append(error)
+            if len(futures) + 1 < pace.at_once and todo:
+                begin()
 
-    others = min(len(todo), _threads(local)) - 1
-    futures = [_pool(os.getpid(), local).submit(work) for _ in range(others)]
+    def begin() -> None:
+        # Several threads may do so at once, and begin a few tasks too many: these find nothing to do, or take a turn later.
+        futures.append(_pool(pace).submit(work))
+
+    for _ in range(min(len(todo), pace.at_once) - 1):
+        begin()
     work()
     for future in futures:
         # A future that no thread has taken yet has nothing left to do. `work` raises nothing.
@@ -44,20 +58,15 @@ def run_all(jobs: Iterable[Callable[[], None]], *, local: bool = True) -> None:
         raise errors[0]
 
 
-def submit(job: Callable[[], T]) -> Future[T]:
-    """Begin a job of a remote place that waits for no other job, while the caller goes on."""
-    return _pool(os.getpid(), False).submit(job)
+def submit(job: Callable[[], T], pace: Pace) -> Future[T]:
+    """Begin a job that waits for no other job, while the caller goes on."""
+    return _pool(pace).submit(job)
 
 
-@functools.cache
-def _pool(pid: int, local: bool) -> ThreadPoolExecutor:  # noqa: ARG001 — threads do not survive a fork: one pool per process
-    return ThreadPoolExecutor(_threads(local), thread_name_prefix="lmprobe-zarr")
-
-
-def _threads(local: bool) -> int:
-    return max(2, _cores()) if local else REMOTE_THREADS
-
-
-@functools.cache
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _pool(pace: Pace) -> ThreadPoolExecutor:
+    # Threads do not survive a fork: one pool per process.
+    key = (os.getpid(), pace.is_local, pace.most)
+    with _lock:
+        if key not in _pools:
+            _pools[key] = ThreadPoolExecutor(pace.most, thread_name_prefix="lmprobe-zarr")
+        return _pools[key]

@@ -33,7 +33,7 @@ import lmprobe_zarr as lz
 from lmprobe_zarr import errors
 from lmprobe_zarr.batch import TokenBatch
 from lmprobe_zarr.errors import AccessDeniedError, AlreadyCommittedError, ReadOnlyError, StoreNotFoundError, UnreachableError
-from lmprobe_zarr.storage import remote, s3_obstore
+from lmprobe_zarr.storage import remote, s3_obstore, s3_uploads
 from lmprobe_zarr.storage.open import open_storage
 from lmprobe_zarr.storage.s3 import S3Storage
 from lmprobe_zarr.store.format import GroupInfo
@@ -333,6 +333,22 @@ def test_both_clients_read_the_same_and_writing_is_the_same(s3: S3, kept: str, u
     store.delete("acme/toy", ["a"])
     assert store.verify().problems == ()
     assert lz.open_store(f"{url}-obstore").dataset().text.values.tolist() == ["b", "c"]
+
+
+@CLIENTS
+def test_every_request_says_that_the_reader_pays_where_that_was_asked_for(s3: S3, url: str, client: str) -> None:
+    storage = open_storage(url, s3.options(counted=True, client=client, requester_pays=True))
+    storage.commit("a", b"1234567890", durable=True, replace=False)
+    with storage.open_pieces("large", durable=True) as writer:
+        writer.append(bytes(s3_uploads.PART_BYTES + 1))
+    assert storage.read("a") == b"1234567890"
+    assert [bytes(data) for data in storage.read_ranges("a", [(2, 4)])] == [b"34"]
+    assert storage.is_file("a")
+    assert set(storage.scan("")) == {"a", "large"}
+    storage.remove(["a", "large"])
+    assert storage.list("") == []
+    assert {"GET", "PUT", "POST", "HEAD", "LIST"} <= set(s3.proxy.kinds())
+    assert {request.payer for request in s3.proxy.requests} == {"requester"}
 
 
 def test_obstore_is_chosen_for_s3_alone_and_refuses_what_it_lacks(s3: S3, url: str, tmp_path: Path) -> None:

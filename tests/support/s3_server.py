@@ -197,6 +197,7 @@ class Request:
     path: str
     query: str
     range: str = ""
+    payer: str = ""
 
     @property
     def kind(self) -> str:
@@ -269,9 +270,9 @@ class Proxy(ThreadingHTTPServer):
         """Count from zero, without faults, once what this process has begun in the background has its answer."""
         from lmprobe_zarr.storage import threads  # in the function: the keeper of a server, which is this file too, needs no package
 
-        pool = threads._pool(os.getpid(), False)
+        pools = [pool for (pid, is_local, _), pool in list(threads._pools.items()) if pid == os.getpid() and not is_local]
         end = time.monotonic() + 10
-        while pool._idle_semaphore._value < len(pool._threads) and time.monotonic() < end:
+        while any(pool._idle_semaphore._value < len(pool._threads) for pool in pools) and time.monotonic() < end:
             time.sleep(0.001)
         with self.lock:
             self.requests.clear()
@@ -330,7 +331,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _forward(self) -> None:
         parts = urlsplit(self.path)
-        request = Request(self.command, parts.path, parts.query, self.headers.get("Range") or "")
+        request = Request(
+            self.command, parts.path, parts.query, self.headers.get("Range") or "", self.headers.get("x-amz-request-payer") or ""
+        )
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         with self.server.lock:
             self.server.requests.append(request)

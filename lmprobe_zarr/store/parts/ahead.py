@@ -45,7 +45,7 @@ class Ahead:
         folders = ["", *groups, *(f"{group}/{ANNOTATIONS}" for group in noted)] if is_single else [""]
         documents = [key for key in keys if is_single or key.count("/") == 1]
         jobs = [partial(self._list, folder) for folder in folders] + [partial(self._read, key) for key in documents[:_MOST]]
-        run_all(jobs, local=False)
+        run_all(jobs, self._storage.pace)
         self._thread = threading.get_ident()
         try:
             yield

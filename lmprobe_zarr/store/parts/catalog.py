@@ -135,7 +135,7 @@ class Catalog:
         """
         names = [name for name in self._ahead.list("") if not name.startswith(".") and name != "zarr.json"]
         new = [name for name in names if name not in self._groups and (whole or name not in self._damaged)]
-        run_all([partial(self._read_group, name, whole) for name in new], local=self.storage.is_local)
+        run_all([partial(self._read_group, name, whole) for name in new], self.storage.pace)
         return {name: info for name in names if (info := self._groups.get(name)) is not None}
 
     def _read_group(self, name: str, whole: bool) -> None:
@@ -268,7 +268,7 @@ class Catalog:
                 for path in absent:
                     read(path)
             else:
-                run_all([partial(read, path) for path in absent], local=False)
+                run_all([partial(read, path) for path in absent], self.storage.pace)
             if all(path in held or path in self._damaged for path in absent):
                 break
             # Some have no commit. They may be unfinished. Or they were replaced and removed since they were listed; then the parts that

@@ -102,7 +102,7 @@ class ChunkFiles:
                 self._shards[layer].append(shard_index(lengths[:, layer].tolist(), whole))
             self._shards[layer].close()
 
-        run_all([partial(end, layer) for layer in range(self.layers)], local=self.writer.storage.is_local)
+        run_all([partial(end, layer) for layer in range(self.layers)], self.writer.storage.pace)
         if whole > 1:
             self._index_nbytes += self.layers * (16 * whole + 4)
         self._shards = []

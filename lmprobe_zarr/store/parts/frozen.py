@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from lmprobe_zarr.errors import ReadOnlyError
-from lmprobe_zarr.storage import FileInfo, PieceWriter, Storage
+from lmprobe_zarr.storage import FileInfo, Pace, PieceWriter, Storage
 from lmprobe_zarr.store.format import Published
 from lmprobe_zarr.typing import Buffer
 
@@ -45,6 +45,10 @@ class FrozenStorage(Storage):
     @property
     def server(self) -> str:
         return self.inner.server
+
+    @property
+    def pace(self) -> Pace:
+        return self.inner.pace
 
     def check_reach(self) -> None:
         self.inner.check_reach()

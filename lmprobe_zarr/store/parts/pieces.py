@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from lmprobe_zarr.batch import copy_rows, fill_value
-from lmprobe_zarr.storage import run_all
+from lmprobe_zarr.storage import local_pace, run_all
 from lmprobe_zarr.store.parts.columns import decode_column
 from lmprobe_zarr.store.parts.stored_array import Rows, StoredArray
 from lmprobe_zarr.typing import Array
@@ -59,7 +59,8 @@ def read_pieces(pieces: Sequence[Piece], columns: tuple[Any, ...]) -> None:
         for piece in pieces:
             _read_piece(piece, columns)
     else:
-        run_all([functools.partial(_read_piece, piece, columns) for piece in pieces], local=local)
+        remote = (piece.array.storage.pace for piece in pieces if not piece.array.storage.is_local)
+        run_all([functools.partial(_read_piece, piece, columns) for piece in pieces], local_pace() if local else next(remote))
 
 
 def _read_piece(piece: Piece, columns: tuple[Any, ...]) -> None:

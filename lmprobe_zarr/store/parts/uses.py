@@ -94,4 +94,4 @@ def _stamp(uses: list[_Use], paths: list[str]) -> None:
         for job in jobs:
             job()
     elif jobs:
-        run_all(jobs, local=False)
+        run_all(jobs, next(use.storage.pace for use in uses if not use.storage.is_local))

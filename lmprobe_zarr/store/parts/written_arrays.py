@@ -71,7 +71,7 @@ class RowBuffer:
                 self.files = ChunkFiles(self.writer, self.key, self.info, block_nbytes_of(self.info))
             self.files.begin()
         odd = [(0, 0)] * self.layers
-        run_all([partial(self._write, layer, values, odd) for layer in range(self.layers)], local=self.writer.storage.is_local)
+        run_all([partial(self._write, layer, values, odd) for layer in range(self.layers)], self.writer.storage.pace)
         self.odd = self.odd[0] + sum(counts[0] for counts in odd), self.odd[1] + sum(counts[1] for counts in odd)
         self.blocks += 1
 
@@ -114,10 +114,10 @@ class MovedArray:
 
     def finish(self) -> ArrayInfo:
         """Move all chunks; returns the final metadata of the array."""
-        is_local = self.writer.storage.is_local and self.source.storage.is_local
+        pace = (self.source if self.writer.storage.is_local else self.writer).storage.pace
         for block in range(self.info.n_blocks):
             self.files.begin()
-            run_all([partial(self._move, layer, block) for layer in range(self.layers)], local=is_local)
+            run_all([partial(self._move, layer, block) for layer in range(self.layers)], pace)
         self.info = replace(self.info, shard_blocks=self.files.end())
         return self.info
 

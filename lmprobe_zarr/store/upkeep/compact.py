@@ -307,7 +307,7 @@ def _unchanged(storage: Storage, run: MergeRun, listing: Listing, known: set[str
     def check(i: int, part: Part) -> None:
         there[i] = storage.is_file(f"{part.path}/zarr.json")
 
-    run_all([partial(check, i, part) for i, part in enumerate(run.parts)], local=storage.is_local)
+    run_all([partial(check, i, part) for i, part in enumerate(run.parts)], storage.pace)
     return all(there)
 
 

@@ -280,11 +280,11 @@ def _copy_part(source: Storage, target: Storage, group: GroupInfo, part: Part, *
     for key, array in ((key, part.files_of(key)) for key in part.info.tables or ()):
         chunks = [partial(copy, f"{key}/{file}", partial(array.is_intact, file)) for file in array.info.file_names()]
         (shards if array.info.shard_blocks else jobs).extend(chunks)
-    is_local = source.is_local and target.is_local
-    run_all(jobs, local=is_local)
+    pace = (source if target.is_local else target).pace
+    run_all(jobs, pace)
     # Each is held in memory, and may have hundreds of MiB.
     for each in range(0, len(shards), _SHARDS_AT_A_TIME):
-        run_all(shards[each : each + _SHARDS_AT_A_TIME], local=is_local)
+        run_all(shards[each : each + _SHARDS_AT_A_TIME], pace)
     target.commit(f"{part.path}/zarr.json", source.read(f"{part.path}/zarr.json"), durable=durable, replace=False)
     note_commit(target, group.name, part.info.name)
 

@@ -39,7 +39,7 @@ def stamp_parts(storage: Storage, parts: Iterable[Part], known: dict[str, float]
         for part in due:
             stamp(part)
     else:
-        run_all([partial(stamp, part) for part in due], local=False)
+        run_all([partial(stamp, part) for part in due], storage.pace)
     known.update({part.path: now for part in due})
 
 

@@ -215,7 +215,7 @@ def _scan_group(
     def scan(path: str) -> None:
         found[path] = _scan_part(storage, path, frozen, documents)
 
-    run_all([partial(scan, path) for path in paths], local=storage.is_local)
+    run_all([partial(scan, path) for path in paths], storage.pace)
     if not frozen and {COMMITS, STAMPS} & set(names):
         _find_lost(storage, name, found)
     parts = sorted((each for each in found.values() if each is not None), key=lambda each: each.path.rpartition("/")[2])
@@ -398,10 +398,10 @@ def _checksums(storage: Storage, part: Part) -> dict[str, Fault]:
             sizes = array.file_sizes()
         found = [partial(check, f"{key}/{file}", partial(array.is_intact, file), sizes.get(file)) for file in array.info.file_names()]
         (shards if array.info.shard_blocks else jobs).extend(found)
-    run_all(jobs, local=storage.is_local)
+    run_all(jobs, storage.pace)
     # Each is held in memory, and may have hundreds of MiB.
     for each in range(0, len(shards), _SHARDS_AT_A_TIME):
-        run_all(shards[each : each + _SHARDS_AT_A_TIME], local=storage.is_local)
+        run_all(shards[each : each + _SHARDS_AT_A_TIME], storage.pace)
     return dict(sorted(faults.items()))
 
 
@@ -513,7 +513,7 @@ def _count(part: Part, faults: Mapping[str, Fault]) -> dict[str, tuple[int, int]
         jobs += [
             partial(count, key, layer, block) for layer in range(info.shape[0] if info.layered else 1) for block in range(info.n_blocks)
         ]
-    run_all(jobs, local=part.storage.is_local)
+    run_all(jobs, part.storage.pace)
     return {key: (sum(n for n, _ in counts), sum(n for _, n in counts)) for key, counts in totals.items()}
 
 

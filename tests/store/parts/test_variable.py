@@ -15,7 +15,7 @@ from stores import GROUP, make_batch
 from xarray.core import indexing
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.storage import run_all
+from lmprobe_zarr.storage import Pace, run_all
 from lmprobe_zarr.store.parts import LazyArray, variable
 from lmprobe_zarr.store.parts.variable import VirtualArray
 from lmprobe_zarr.store.store import Store
@@ -237,9 +237,9 @@ def test_what_is_computed_from_the_rest_is_neither_sent_nor_copied(store: Store)
 def test_threads_are_started_for_several_large_chunks_only(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[int] = []
 
-    def run(jobs: Any, *, local: bool) -> None:
+    def run(jobs: Any, pace: Pace) -> None:
         started.append(len(jobs))
-        run_all(jobs, local=local)
+        run_all(jobs, pace)
 
     monkeypatch.setattr("lmprobe_zarr.store.parts.pieces.run_all", run)
     whole = truth("tokens")
