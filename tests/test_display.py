@@ -14,6 +14,7 @@ from stores import GROUP, Wrapped, make_batch
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.display import columns_of, escape, format_table, shorten, sparkline, visible
+from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.store.contents import describe_view
 from lmprobe_zarr.store.format.group import GroupInfo
 from lmprobe_zarr.store.parts.stored_array import StoredArray
@@ -212,3 +213,26 @@ def test_info_as_json_describes_the_storage_of_each_variable(evil: Store, capsys
     (group,) = call_json(capsys, "info", evil.url)["groups"]
     assert group["stored"]["resid"]["codecs"] == "bitshuffle, lz4, crc32c"
     assert group["model"] == f"acme/{NAME}"
+
+
+def test_scores_of_several_variables_have_a_line_each_and_no_mean_of_them(tmp_path: Path) -> None:
+    store = lz.open_store(tmp_path / "two", durable=False)
+    rng, topics = np.random.default_rng(0), np.array(["a", "b"] * 15)
+    values = rng.standard_normal((2, 3, 30, 4)).astype(np.float32)
+    values[0, 1, :, 0] += 3 * (topics == "a")  # layer 1 of the first variable knows it, layer 2 of the second a little
+    values[1, 2, :, 0] += 1.5 * (topics == "a")
+    arrays = {"resid_last_token": values[0], "resid_mean": values[1]}
+    pooled = {name: {layer: array[layer] for layer in range(3)} for name, array in arrays.items()}
+    lz.write_activations(store, model="two", prompts=[f"p{i}" for i in range(30)], pooled=pooled)
+    data = store.dataset()
+    scores = lz.sweep(data, topics, probes=["ridge"], cv=5)
+    shown, page = repr(scores.lz), scores.lz._repr_html_()
+    for name in ("resid_last_token", "resid_mean"):
+        alone = lz.sweep(data[name], topics, probes=["ridge"], cv=5).accuracy.mean("fold").sel(probe="ridge")
+        line = f"ridge, variable {name}: best accuracy {float(alone.max()):.3f} at layer {int(alone.layer[int(np.argmax(alone.values))])}"
+        assert line in shown
+        assert f"ridge, variable {name}" in page
+    with pytest.raises(InvalidArgumentError, match=r"2 along 'variable'.*scores\.sel\(variable='resid_last_token'\)"):
+        scores.lz.plot()
+    with pytest.raises(InvalidArgumentError, match=r"scores\.sel\(variable='resid_last_token'\)"):
+        scores.lz.plot_heatmap()

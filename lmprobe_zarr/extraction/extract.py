@@ -41,6 +41,7 @@ def plan_extract(
     logits_top_k: int | None = None,
     router: bool = False,
     generate: Generate | None = None,
+    coords: Columns | None = None,
     name: str | None = None,
     tokenizer: Any = None,
     revision: str | None = None,
@@ -61,9 +62,18 @@ def plan_extract(
     modules: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
     device: Any = "auto",
+    device_map: Any = None,
     weights: Weights = "auto",
     engine: str | None = None,
     engine_options: Mapping[str, Any] | None = None,
+    batch_tokens: int | None = None,
+    batch_prompts: int | None = None,
+    part_bytes: int = PART_BYTES,
+    part_seconds: float = PART_SECONDS,
+    shards: bool = False,
+    store_text: bool = True,
+    client: Any = None,
+    progress: bool = True,
 ) -> ExtractPlan:
     """What `extract` would do with the same arguments; loads a tokenizer at most, and writes nothing.
 
@@ -75,8 +85,10 @@ def plan_extract(
         As for `extract`.
     truncation, add_special_tokens, add_generation_prompt, continue_final_message, tools, chat_template_kwargs
         As for `extract`.
-    refresh, provenance, group, modules, trust_remote_code, device, weights, engine, engine_options
+    refresh, provenance, group, modules, trust_remote_code, device, device_map, weights, engine, engine_options
         As for `extract`.
+    coords, batch_tokens, batch_prompts, part_bytes, part_seconds, shards, store_text, client, progress
+        As for `extract`, and checked as there, so that a call of `extract` can be planned as it stands.
 
     Returns
     -------
@@ -89,11 +101,13 @@ def plan_extract(
     As `extract` does before it loads the model.
     """
     opened = open_again(store)
-    keeping = keeping_of(is_default=opened.is_default, dtype=storage_dtype, keep_bits=keep_bits, overflow=overflow)
+    keeping = keeping_of(
+        is_default=opened.is_default, dtype=storage_dtype, keep_bits=keep_bits, overflow=overflow, part_bytes=part_bytes, shards=shards
+    )  # fmt: skip
     fields, any_provenance = parse_provenance(provenance)
     runner = parse_engine(engine, engine_options)
     if runner is not None:
-        runner.check_choice(model, modules=modules)
+        runner.check_choice(model, modules=modules, device=device, device_map=device_map, client=client)
     choice = ModelChoice(
         model=model, name=name, tokenizer=tokenizer, revision=revision, dtype=dtype, max_length=max_length, truncation=truncation,
         provenance=dict(fields), modules=modules, trust_remote_code=trust_remote_code,
@@ -105,10 +119,13 @@ def plan_extract(
     )  # fmt: skip
     request = check_request(
         choice, prompts, opened, layers=layers, sites=sites, pooling=pooling, over=over, keep_tokens=keep_tokens, refresh=refresh,
-        chat=chat, outputs=Outputs(perplexity=perplexity, logits=logits, top_k=logits_top_k, router=router), group=group,
-        any_provenance=any_provenance, generate=generate,
+        chat=chat, outputs=Outputs(perplexity=perplexity, logits=logits, top_k=logits_top_k, router=router), columns=coords,
+        group=group, any_provenance=any_provenance, store_text=store_text, generate=generate,
     )  # fmt: skip
-    options = Options(keeping=keeping, device=device, weights=weights)
+    options = Options(
+        keeping=keeping, device=device, device_map=device_map, batch_tokens=batch_tokens, batch_prompts=batch_prompts,
+        part_seconds=part_seconds, store_text=store_text, client=client, progress=progress, weights=weights,
+    )  # fmt: skip
     try:
         return prepare(request, options).plan
     finally:

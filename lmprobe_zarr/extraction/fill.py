@@ -263,7 +263,9 @@ def _pooled(lookup: Lookup, names: Sequence[str], layers: tuple[int, ...], place
         arrays, dtypes = {}, {}
         for name in names:
             site, pooling, _ = split_variable(name)
-            dtype = str(stored[site].attributes.get("stored_dtype", stored[site].dtype))
+            held = view.stored_dtypes("tokens", site)
+            # Where only some are bfloat16, the others' mean has more digits.
+            dtype = held[0] if len(held) == 1 else "float32"
             pooled = pool_ragged(tokens[site], counts[block], str(pooling))
             # Rounded as the model's own result would be: the mean of bfloat16 numbers is a bfloat16 number again.
             arrays[name], dtypes[name] = (round_bits(pooled, 7) if dtype == "bfloat16" else pooled), dtype

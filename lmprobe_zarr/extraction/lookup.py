@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -130,10 +130,15 @@ class Lookup:
         """The dtype that the group was computed in. Where it is not recorded, the one that all of it is stored with, or float32."""
         recorded = None if self.group is None else self.group.provenance.get("compute_dtype")
         if recorded is None and self.view is not None and self.unknown:
-            arrays = [array for level in LEVELS for array in self.view.variables(level).values()]
-            held = {str(array.attributes.get("stored_dtype", array.dtype)) for array in arrays}
+            held = _dtypes_of(self.view)
             recorded = held.pop() if len(held) == 1 and held <= set(DTYPES) else None
         return str(recorded or "float32")
+
+    @property
+    def held_dtypes(self) -> set[str]:
+        """The dtypes with which the requested variables are stored of other prompts."""
+        names = [variable.name for variable in self.wanted if split_variable(variable.name)[0] in self.request.sites.names]
+        return set() if self.view is None else _dtypes_of(self.view, names)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -160,6 +165,12 @@ class Lookup:
             return self.group
         assert self.loaded is not None  # noqa: S101 — without a group prompts are missing, and the model is loaded
         return group_of(self.loaded, self.request)
+
+
+def _dtypes_of(view: View, names: Collection[str] | None = None) -> set[str]:
+    """The dtypes with which variables are stored, by default all."""
+    held = [(level, name) for level in LEVELS for name in view.variables(level) if names is None or name in names]
+    return {dtype for level, name in held for dtype in view.stored_dtypes(level, name)}
 
 
 # --------------------------------------------------------------------------------------------------------------- looking up

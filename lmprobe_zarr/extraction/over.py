@@ -67,7 +67,8 @@ def _note_empty(part: TokenPart, mask: Mask, tokens: TokensOfPrompts, *, every: 
     if len(empty) == len(held) and every:
         codes = np.unique(tokens.role[tokens.role >= 0]).tolist() if part.role and tokens.role is not None else []
         told = f": the roles there are {', '.join(tokens.role_names[code] for code in codes)}" if codes else ""
-        raise InvalidArgumentError(f"no token of the {len(held)} prompts is in over={part.name!r}, {part.described}{told}")
+        remedy = ": give generate=lz.Generate(…), so that the model answers, or chats that end with an answer" * (part.name == "generated")
+        raise InvalidArgumentError(f"no token of the {len(held)} prompts is in over={part.name!r}, {part.described}{told}{remedy}")
     first = int(empty[0]) if tokens.first is None else int(tokens.first[empty[0]])
     warn(
         f"{len(empty)} of {len(held)} prompts, first prompts[{first}], have no token in over={part.name!r}: what is pooled over it is NaN",

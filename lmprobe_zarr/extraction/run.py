@@ -110,6 +110,7 @@ def complete(work: Work, options: Options) -> Outcome:
         lookup = load_and_look_up(work.lookup, options.memory, options.device, options.device_map, stream=weights.streamed)
         work = decide(lookup, options.keeping.precision, before=work, weights=weights)
     _note_unknown(work)
+    _warn_of_precision(work, options)
     _update_found(work, options)
     if not work.changes_store:
         stats, group = _stats(work, work.lookup.makes_group), work.lookup.makes_group
@@ -135,6 +136,19 @@ def _check(work: Work, options: Options) -> None:
     if options.sink is None and not work.plan.to_generate:
         _check_space(work.plan)
         _check_limit(work.plan, options.keeping)
+
+
+def _warn_of_precision(work: Work, options: Options) -> None:
+    """Warn if prompts would be stored with another precision than those before them, and nobody asked for it: a probe can see it."""
+    lookup = work.lookup
+    if options.keeping.precision.dtype is not None or options.sink is not None or not len(lookup.missing):
+        return
+    if held := lookup.held_dtypes - {work.plan.dtype} if work.plan.dtype not in lookup.held_dtypes else set():
+        warn(
+            f"what is extracted now is stored as {work.plan.dtype}, and what {lookup.request.store.where} has of this model "
+            f"as {' and '.join(sorted(held))}: a probe may tell them apart by that. Give storage_dtype={min(held)!r} to store all of them "
+            f"alike, or storage_dtype={work.plan.dtype!r} if this is what you want"
+        )
 
 
 def _not_cached(work: Work, options: Options) -> MissingPromptsError:

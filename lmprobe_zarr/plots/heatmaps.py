@@ -153,7 +153,7 @@ def plot_transfer(
     for dim in set(values.dims) - {"train", "test"}:
         if values.sizes[dim] > 1:
             raise InvalidArgumentError(
-                f"there are {values.sizes[dim]} along {dim!r}: draw one, as in scores.sel({dim}={values[dim].values[0].item()!r})"
+                f"there are {values.sizes[dim]} along {dim!r}: draw one, as in scores.sel({dim}={values[dim].values[:1].tolist()[0]!r})"
             )
     at = {str(dim): values[dim].values[0] for dim in values.dims if dim not in ("train", "test")}
     at |= {name: values.coords[name].item() for name in ("layer", "probe") if name in values.coords and not values.coords[name].ndim}

@@ -45,7 +45,7 @@ def select_scores(scores: Any, metric: str, dims: Sequence[str], *, as_rows: boo
     values = scores[metric]
     for dim in [str(dim) for dim in values.dims if dim not in (*dims, *REPEATED)]:
         if values.sizes[dim] > 1:
-            shown = values[dim].values[0].item() if dim in values.coords else 0
+            shown = values[dim].values[:1].tolist()[0] if dim in values.coords else 0
             instead = f", or all of one {dims[1]} with rows={dim!r}" if as_rows else ""
             raise InvalidArgumentError(
                 f"there are {values.sizes[dim]} along {dim!r}: draw one at a time, as in scores.sel({dim}={shown!r}){instead}"

@@ -26,6 +26,7 @@ _REPEATED: Final = ("fold", "seed", "repeat")
 #: Numbers of a sweep that are no scores.
 _NO_SCORES: Final = ("fit_seconds", "pass_seconds", "inner_score")
 _USUAL: Final = ("accuracy", "auroc", "r2")
+_MOST_ROWS: Final = 12  # of a card, and lines of a text
 
 
 def _describe_best(n: int, dim: str = "layer") -> str:
@@ -44,11 +45,12 @@ def describe_scores(data: xr.Dataset) -> str | None:
     if not rows:
         return None
     lines = []
-    for probe, metric, layers, values in rows:
+    for probe, metric, layers, values, beside in rows[:_MOST_ROWS]:
         if np.isfinite(values).any():
             best = int(np.nanargmax(values))
-            beside = describe_shuffles(data, metric, probe)
             lines.append(f"  {probe}: best {metric} {values[best]:.3f} at layer {layers[best]}" + f" ({beside})" * bool(beside))
+    if len(rows) > _MOST_ROWS:
+        lines.append(f"  (and {len(rows) - _MOST_ROWS} more: .lz.table() shows all)")
     if lines and data.sizes["layer"] > 1:
         lines.append(f"  ({_describe_best(data.sizes['layer'])})")
     return "\n".join(lines)
@@ -105,30 +107,43 @@ def scores_card(data: xr.Dataset) -> Html | None:
     if not rows:
         return None
     body: list[tuple[object, ...]] = []
-    for probe, metric, layers, values in rows:
+    for probe, metric, layers, values, beside in rows[:_MOST_ROWS]:
         if not np.isfinite(values).any():
             body.append((probe, metric, "undefined", "", ""))
             continue
         low, high, best = float(np.nanmin(values)), float(np.nanmax(values)), int(np.nanargmax(values))
         label = f"{metric} of {probe} by layer, from {low:.3f} to {high:.3f}, highest at layer {layers[best]}"
         curve = sparkline(values.tolist(), low, high, label=label) if len(layers) > 1 else Html("")
-        beside = describe_shuffles(data, metric, probe)
         body.append((f"{probe} ({beside})" if beside else probe, metric, Html(f"{high:.3f}"), str(layers[best]), curve))
+    if len(rows) > _MOST_ROWS:
+        body.append((f"and {len(rows) - _MOST_ROWS} more", "", "", "", ""))
     if data.sizes["layer"] > 1:
         note = " · ".join(part for part in (note, _describe_best(data.sizes["layer"])) if part)
     return card("scores of a sweep", note, table(("probe", "score", "best", "at layer", "by layer"), body))
 
 
-def _scores_by_probe(data: xr.Dataset) -> list[tuple[str, str, Array, Array]]:
-    """For each probe and usual metric: both names, the layers, and the mean score of each layer. Empty if there are no scores."""
+def _scores_by_probe(data: xr.Dataset) -> list[tuple[str, str, Array, Array, str]]:
+    """For each probe and usual metric: both names, the layers, the mean score of each layer, and what shuffled labels gave.
+
+    Empty if there are no scores.
+    Where there are several variables, labels or other entries, each has rows of its own, under the name of the probe with that entry.
+    """
     if not {"layer", "probe"} <= set(data.dims):
         return []
     metrics = [name for name in _USUAL if name in data and {"layer", "probe"} <= set(data[name].dims)]
     found = []
     for metric in metrics:
         scores = data[metric]
-        means = scores.mean([dim for dim in scores.dims if dim not in ("layer", "probe")]).sortby("layer").transpose("probe", "layer")
-        found += [(str(probe), metric, means.layer.values, row.values) for probe, row in zip(means.probe.values, means, strict=True)]
+        others = [dim for dim in scores.dims if dim not in ("layer", "probe", *_REPEATED)]
+        means = scores.mean([dim for dim in scores.dims if dim in _REPEATED]).sortby("layer").transpose("probe", *others, "layer")
+        for place in np.ndindex(*means.shape[:-1]):
+            row = means[place]
+            entries = [row[dim].item() if dim in means.coords else at for dim, at in zip(others, place[1:], strict=True)]
+            named = [f"{dim} {entry}" for dim, entry in zip(others, entries, strict=True) if means.sizes[dim] > 1]
+            probe = str(row["probe"].item())
+            of_entry = data.isel(dict(zip(others, place[1:], strict=True)))
+            beside = describe_shuffles(of_entry, metric, probe)
+            found.append((", ".join([probe, *named]), metric, means.layer.values, row.values, beside))
     return sorted(found, key=lambda scores_of_probe: scores_of_probe[0])
 
 

@@ -227,6 +227,8 @@ class TokenIndex(Index):
                 raise InvalidArgumentError("positions are sliced without a step: use isel afterwards")
             if not all(end is None or np.asarray(end).dtype.kind in "iuf" for end in (wanted.start, wanted.stop)):
                 raise InvalidArgumentError(f"positions are sliced by numbers, not {wanted!r}")
+            for end in (wanted.start, wanted.stop):
+                self._check_counted_from_start(end)
             # Labels, so both ends are included, as everywhere in xarray's sel.
             low = -np.inf if wanted.start is None else wanted.start
             high = np.inf if wanted.stop is None else wanted.stop
@@ -234,6 +236,7 @@ class TokenIndex(Index):
         listed = np.atleast_1d(wanted)
         absent = listed[~np.isin(listed, places)]
         if len(absent):
+            self._check_counted_from_start(absent[0])
             raise MissingPromptsError(f"no token stands at position {absent[0]}: positions go from 0 to {places.max(initial=-1)}")
         kept = np.flatnonzero(np.isin(places, listed))
         if np.ndim(wanted) == 0:
@@ -244,6 +247,14 @@ class TokenIndex(Index):
         if groups is None:
             groups = by_appearance(self.codes[rows])
         return found[np.lexsort((np.repeat(np.arange(len(listed)), last - first), groups[found]))]
+
+    def _check_counted_from_start(self, position: Any) -> None:
+        """Raise where a position is negative and those of the tokens are not: `sel` takes labels, and these count from the start."""
+        if position is not None and position < 0 and self.positions.min(initial=0) >= 0:
+            raise InvalidArgumentError(
+                f"position {position} is negative, and sel takes positions as they are stored, from 0: for tokens from the end of each "
+                "prompt, use where(lz.mask_tokens(data, position=slice(-3, None)), drop=True), or data.lz.at(-1) for one per prompt"
+            )
 
     def _pairs(self, prompt: Any, position: Any) -> DataArray:
         """The one token of every pair of a prompt and a position."""

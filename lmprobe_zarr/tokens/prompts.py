@@ -55,7 +55,10 @@ def tokens_at(data: T, position: int, *, of: str | None = None, turn: int | None
         Roles, turns, or what was generated are not stored.
     """
     if isinstance(position, bool) or not isinstance(position, int | np.integer):
-        raise InvalidTypeError(f"position={position!r} is no whole number: give one, such as 0 or -1; sel(position=[…]) takes several")
+        raise InvalidTypeError(
+            f"position={position!r} is no whole number: give one, such as 0 or -1; for several tokens of each prompt, "
+            "mask_tokens(data, position=[-3, -2, -1]) selects them along token, and xr.concat joins one array for each position"
+        )
     ordered, index, counts = _by_prompt(data)
     chosen: Ints | None = None
     which = "tokens"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.metadata
+import inspect
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import xarray as xr
 import lmprobe_zarr as lz
 from lmprobe_zarr.errors import (
     AmbiguousProvenanceError,
+    CacheWarning,
     CorruptPartError,
     InvalidArgumentError,
     InvalidTypeError,
@@ -509,6 +511,41 @@ def test_the_plan_is_what_then_happens(llama: Path, acts: Store) -> None:
     printed = str(plan)
     for words in ("6 to extract", "layers    1-2", "resid_last_token, resid", "float32", "free"):
         assert words in printed
+
+
+def test_a_call_of_extract_can_be_planned_as_it_stands(llama: Path, acts: Store, tmp_path: Path) -> None:
+    parameters = [dict(inspect.signature(function).parameters) for function in (lz.extract, lz.plan_extract)]
+    assert parameters[0].keys() == parameters[1].keys()
+    assert {name: p.default for name, p in parameters[0].items()} == {name: p.default for name, p in parameters[1].items()}
+    given: dict[str, Any] = {
+        "store": acts,
+        "device": "cpu",
+        "progress": False,
+        "coords": {"topic": ["a"] * len(PROMPTS)},
+        "batch_tokens": 64,
+    }
+    plan = lz.plan_extract(llama, PROMPTS, **given)
+    assert plan.nbytes == lz.extract(llama, PROMPTS, **given).nbytes
+    # What extract refuses before it runs anything, a plan refuses too.
+    for wrong in ({"coords": {"topic": ["a"]}}, {"coords": {"prompt": ["a"] * len(PROMPTS)}}):
+        messages = []
+        for function in (lz.extract, lz.plan_extract):
+            with pytest.raises(InvalidArgumentError) as caught:
+                function(llama, PROMPTS, **{**given, **wrong, "store": tmp_path / "other"})
+            messages.append(str(caught.value))
+        assert messages[0] == messages[1]
+
+
+def test_prompts_that_would_be_stored_with_another_precision_than_those_before_are_warned_of(llama: Path, acts: Store) -> None:
+    run(llama, PROMPTS[:2], acts, storage_dtype="float16")
+    with pytest.warns(CacheWarning, match=r"extracted now is stored as float32.*as float16: a probe may.*storage_dtype='float16'"):
+        run(llama, PROMPTS[:4], acts)
+    run(llama, PROMPTS[:4], acts)  # nothing is stored
+    run(llama, PROMPTS[:5], acts, storage_dtype="float16")  # said by the caller
+    run(llama, PROMPTS[:6], acts)  # float32 is there already, and was warned of
+    assert acts.dataset(dtype="stored").resid_last_token.attrs["stored_dtype"] == "float16, float32"
+    # Other variables of the same prompts, and other layers, are no mixture.
+    run(llama, PROMPTS[:2], acts, pooling="mean")
 
 
 def test_what_does_not_fit_is_refused_before_the_model_is_loaded(llama: Path, acts: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,7 @@ def test_a_list_of_positions_gives_each_prompts_tokens_in_the_order_of_the_list(
     assert numbers(data.sel(position=places)) == expected
 
 
-@given(any_rows, st.integers(0, 4), st.one_of(st.none(), st.integers(-1, 4)))
+@given(any_rows, st.integers(0, 4), st.one_of(st.none(), st.integers(0, 4)))
 @settings(deadline=None)
 def test_one_position_or_a_slice_of_them_keeps_the_order_of_rows(rows: list[tuple[str, int]], low: int, high: int | None) -> None:
     data = indexed(rows)
@@ -165,7 +165,7 @@ def test_two_arrays_select_pair_by_pair() -> None:
         ({"position": ["0", "1"]}, InvalidArgumentError),
         ({"position": None}, InvalidArgumentError),
         ({"position": 0.5}, MissingPromptsError),
-        ({"position": -1}, MissingPromptsError),
+        ({"position": -1}, InvalidArgumentError),
         ({"position": [0, 9]}, MissingPromptsError),
         ({"position": slice("a", "b")}, InvalidArgumentError),
         ({"position": slice(0, 2, 2)}, InvalidArgumentError),
@@ -335,3 +335,22 @@ def test_the_pandas_index_has_the_same_tokens() -> None:
     assert list(index.to_pandas_index()) == rows
     assert isinstance(index.to_pandas_index(), pd.MultiIndex)
     assert repr(index) == "TokenIndex(3 tokens of 2 prompts, dim='token')"
+
+
+def test_positions_from_the_end_are_refused_with_what_counts_from_there() -> None:
+    data = indexed(whole(3, 1, 4))
+    for position in (slice(-3, None), slice(None, -1), slice(-3, -1), slice(0, -1), -1, [-3, -2, -1], [0, -1]):
+        with pytest.raises(InvalidArgumentError, match=r"negative.*mask_tokens.*lz\.at\(-1\)"):
+            data.sel(position=position)
+        with pytest.raises(InvalidArgumentError, match="negative"):
+            data.sel(prompt="cc", position=position)
+    assert numbers(data.sel(position=slice(0, 1))) == [0, 1, 3, 4, 5]
+
+
+def test_positions_that_are_negative_are_labels_as_any_other() -> None:
+    # As where somebody counts from the beginning of the answer.
+    data = indexed([("cc", i) for i in range(-3, 2)])
+    assert numbers(data.sel(position=slice(-2, 0))) == [1, 2, 3]
+    assert numbers(data.sel(position=-1)) == [2]
+    with pytest.raises(MissingPromptsError, match="position -4"):
+        data.sel(position=-4)

@@ -87,6 +87,11 @@ class View:
             found |= {name: a for name, a in part.info.variables(level).items() if is_variable(name, a)}
         return dict(sorted(found.items()))
 
+    def stored_dtypes(self, level: Level, name: str) -> list[str]:
+        """The dtypes with which its parts hold an activation variable, sorted."""
+        held = [part.info.variables(level).get(name) for part in self.parts]
+        return sorted({str(a.attributes.get("stored_dtype", a.dtype)) for a in held if a is not None})
+
     def columns(self, level: Level) -> dict[str, ArrayInfo]:
         """Columns of a level, the format's own and the user's."""
         found: dict[str, ArrayInfo] = {}

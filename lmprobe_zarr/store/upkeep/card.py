@@ -45,7 +45,7 @@ class CardGroup:
     @classmethod
     def of(cls, view: View, nbytes: int) -> CardGroup:
         """The record of a view."""
-        held = [(n, level, str(a.attributes.get("stored_dtype", a.dtype))) for level in LEVELS for n, a in view.variables(level).items()]
+        held = [(name, level, ", ".join(view.stored_dtypes(level, name))) for level in LEVELS for name in view.variables(level)]
         return cls(
             group=view.group,
             prompts=len(view),
