@@ -22,6 +22,7 @@ def add_report(commands: Any) -> None:
     command.add_argument("--scores", metavar="PLACE", help="plot these scores: what sweep --out wrote, or a .zarr folder or .nc file")
     command.add_argument("--labels", help="column with labels: sweep all layers for it, and show the score of each token")
     command.add_argument("--groups", help="column of groups, kept in one fold each (default: a column that shows pairs); '' for none")
+    command.add_argument("--missing", default="raise", choices=("raise", "drop"), help="what to do about prompts without a label")
     command.add_argument("--variable", help="variable to fit on (default: resid_last_token, or another pooled variable that is stored)")
     command.add_argument("--prompt", action="append", help="show the tokens of this prompt, by text or hash; may be repeated")
     command.add_argument(
@@ -40,7 +41,7 @@ def _report(options: argparse.Namespace) -> None:
     page = report(
         options.store, options.output, model=options.model, group=options.group,
         scores=None if options.scores is None else open_scores(options.scores), labels=options.labels, groups=options.groups,
-        variable=options.variable,
+        missing=options.missing, variable=options.variable,
         prompts=options.prompt or options.prompts, text=not options.no_text, sample_bytes=max(1, int(options.sample_mb * 2**20)),
     )  # fmt: skip
     nbytes = len(page.html.encode())

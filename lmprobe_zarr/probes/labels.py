@@ -134,7 +134,16 @@ def parse_label_sets(array: xr.DataArray, labels: Any, *, task: str = "classific
         regression are no numbers.
     """
     check_missing(missing)
-    columns = [align_column(array, each, "label") for each in _sets(array, labels)]
+    return _label_columns(array, [align_column(array, each, "label") for each in _sets(array, labels)], task, missing)
+
+
+def parse_labels(array: xr.DataArray, labels: Any, *, missing: str = "raise") -> Labels:
+    """One set of classes; otherwise as :func:`parse_label_sets`."""
+    check_missing(missing)
+    return _label_columns(array, [align_column(array, labels, "label")], "classification", missing)[0]
+
+
+def _label_columns(array: xr.DataArray, columns: list[LabelColumn], task: str, missing: str) -> tuple[Labels, ...]:
     without = [_missing_rows(column) for column in columns]
     if missing == "raise":
         for column, lacking in zip(columns, without, strict=True):
@@ -147,14 +156,6 @@ def parse_label_sets(array: xr.DataArray, labels: Any, *, task: str = "classific
     if not len(rows):
         raise LabelError(f"labels {columns[0].name!r} are missing for all {array.sizes['prompt']} prompts: nothing is left to learn from")
     return tuple(_labels(column, rows, task) for column in columns)
-
-
-def parse_labels(array: xr.DataArray, labels: Any) -> tuple[str, Array]:
-    """The name and the values, shape (prompt,), of one set of classes; every row must have one. Otherwise as :func:`parse_label_sets`."""
-    column = align_column(array, labels, "label")
-    _check_whole(array, column, "label", _missing_rows(column))
-    by_prompt(zip(list_prompts(array), column.values, strict=True), "label")
-    return column.name, _classes(column)
 
 
 def check_missing(missing: Any) -> None:

@@ -14,7 +14,7 @@ import xarray as xr
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.pages import GroupPage, LayerProfile, ShownTokens, write_page
 from lmprobe_zarr.probe import LayerSweep, Probe
-from lmprobe_zarr.probes import parse_labels
+from lmprobe_zarr.probes import check_missing, parse_labels
 from lmprobe_zarr.reports.groups import find_groups
 from lmprobe_zarr.reports.profiles import choose_profiled, list_sites, profile_layers
 from lmprobe_zarr.reports.tokens import SHOWN_PROMPTS, PromptLabels, choose_prompts, show_tokens
@@ -96,6 +96,7 @@ def report(
     scores: xr.Dataset | None = None,
     labels: str | Mapping[Any, Any] | None = None,
     groups: str | None = None,
+    missing: str = "raise",
     probe: Probe | LayerSweep | None = None,
     variable: str | None = None,
     prompts: int | Iterable[Any] = SHOWN_PROMPTS,
@@ -121,6 +122,9 @@ def report(
     groups : str, optional
         A column: prompts with equal values are in the same fold of that sweep. By default a column whose values show pairs or larger groups
         of prompts, which the page then names; "" for none.
+    missing : {"raise", "drop"}
+        What happens to prompts without a label. "drop" leaves them out of the sweep, its controls and the regressions for tokens, and
+        the page says how many they are. Their tokens are shown only if `prompts` names them.
     probe : Probe or LayerSweep, optional
         Fitted on one layer, or swept over layers: tokens show its scores.
     variable : str, optional
@@ -149,6 +153,7 @@ def report(
     opened = open_to_read(store)
     if isinstance(sample_bytes, bool) or not isinstance(sample_bytes, int) or sample_bytes < 1:
         raise InvalidArgumentError(f"sample_bytes={sample_bytes!r} is no amount to read: give bytes, at least 1")
+    check_missing(missing)
     chosen = _choose_groups(opened, model, provenance, group)
     views = {info.name: opened.view(info) for info in opened.groups().values()}
     contents = sorted((describe_view(view) for view in views.values()), key=lambda group: -group.prompts)
@@ -158,7 +163,9 @@ def report(
         raise InvalidArgumentError(
             f"labels, probe, variable and prompts are of one group, and {len(shown)} are shown: choose it with model= or group="
         )
-    options = _Options(labels=labels, groups=groups, probe=probe, variable=variable, prompts=prompts, text=text, sample_bytes=sample_bytes)
+    options = _Options(
+        labels=labels, groups=groups, missing=missing, probe=probe, variable=variable, prompts=prompts, text=text, sample_bytes=sample_bytes
+    )  # fmt: skip
     pages = [_describe_group(views[group.group.name], group, scores if scored == group.group.name else None, options) for group in shown]
     made = f"Made by lmprobe-zarr {__version__} on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC. This page fetches nothing."
     if len(chosen) > len(shown):
@@ -177,6 +184,7 @@ class _Options:
 
     labels: str | Mapping[Any, Any] | None
     groups: str | None
+    missing: str
     probe: Probe | LayerSweep | None
     variable: str | None
     prompts: int | Iterable[Any]
@@ -246,26 +254,29 @@ def _choose_pooled(view: View, variable: str | None) -> str | None:
 def _score_labels(
     view: View, pooled: str | None, layers: Sequence[int], scores: xr.Dataset | None, options: _Options
 ) -> tuple[PromptLabels | None, xr.Dataset | None, str]:
-    """The labels of every prompt, or None; the given scores, else those of a sweep over the labels; and what is to be said of its folds."""
+    """The labels of the prompts, or None; the given scores, else those of a sweep over the labels; and what is to be said of them."""
     if options.labels is None:
         return None, scores, ""
     if pooled is None:
         raise InvalidArgumentError(f"{view.where} holds no pooled site to fit labels on: extract with pooling=, or give scores=")
     data = to_dataset(view, "prompts")
-    labels = PromptLabels(*parse_labels(data[pooled], options.labels), variable=pooled)
+    parsed = parse_labels(data[pooled], options.labels, missing=options.missing)
+    labels = PromptLabels(parsed.name, parsed.values, parsed.rows, variable=pooled)
     note = ""
     if scores is None:
-        groups = find_groups(data, labels.name) if options.groups is None else options.groups or None
+        note = labels.left_out("the scores")
+        labelled = data.isel(prompt=labels.rows)
+        groups = find_groups(labelled, labels.name) if options.groups is None else options.groups or None
         if groups is not None:
             why = "" if options.groups else ", whose values show that prompts belong together,"
-            note = f" Prompts with the same {groups!r}{why} are in the same fold."
+            note += f" Prompts with the same {groups!r}{why} are in the same fold."
         # A curve alone says little: if the texts are stored, scores from the words alone, without the model, are drawn beside it.
-        controls = ["shuffled_labels", *(["bag_of_words"] if "text" in data.coords and (data.text.values != "").all() else [])]
+        controls = ["shuffled_labels", *(["bag_of_words"] if "text" in labelled.coords and (labelled.text.values != "").all() else [])]
         array = data[pooled]
         if "layer" in array.dims:
             held = view.layers_with("prompts", pooled)
             array = array.sel(layer=[layer for layer in layers if layer in held])
-        scores = sweep(array, labels=options.labels, controls=controls, groups=groups)
+        scores = sweep(array, labels=options.labels, controls=controls, groups=groups, missing=options.missing)
     return labels, scores, note
 
 

@@ -27,24 +27,36 @@ TOKEN_CELLS: Final = 48_000
 
 @dataclass(frozen=True, slots=True)
 class PromptLabels:
-    """One label for every prompt of a view.
+    """The labels of the prompts of a view.
 
     Parameters
     ----------
     name : str
         What the labels are called.
     values : ndarray, shape (prompt,)
+        Prompts that are not in `rows` hold an arbitrary one.
+    rows : ndarray of int
+        The prompts that have a label, by their places in the view, ascending.
     variable : str
         The variable that a probe of these labels is fitted on: a pooled one.
     """
 
     name: str
     values: Array
+    rows: Ints
     variable: str
+
+    def left_out(self, what: str) -> str:
+        """How many prompts have no label and are therefore left out of `what`; empty if every prompt has one."""
+        lacking = len(self.values) - len(self.rows)
+        if not lacking:
+            return ""
+        have, are = ("has", "is") if lacking == 1 else ("have", "are")
+        return f" {lacking:,} of {len(self.values):,} prompts {have} no label in {self.name!r} and {are} left out of {what}."
 
 
 def choose_prompts(view: View, prompts: int | Iterable[Any], labels: PromptLabels | None) -> Ints:
-    """The places of the prompts whose tokens are shown: the given ones, or the first ones that have tokens.
+    """The places of the prompts whose tokens are shown: the given ones, or the first ones that have tokens and, if there are labels, one.
 
     Raises
     ------
@@ -65,6 +77,7 @@ def choose_prompts(view: View, prompts: int | Iterable[Any], labels: PromptLabel
     if labels is None:
         return stored[:prompts]
     # The classes take turns, so that as many prompts of each are shown as possible.
+    stored = np.intersect1d(stored, labels.rows)
     of_class = [stored[labels.values[stored] == label] for label in np.unique(labels.values)]
     turns = [rows[i] for i in range(int(prompts)) for rows in of_class if i < len(rows)]
     return np.sort(np.array(turns[: int(prompts)], np.int64))
@@ -151,7 +164,7 @@ def _choose_scores(
         return _TokenScores(variable=variable, what=f"score of {positive}", note=note, by_layer=by_layer)
     if labels is not None:
         y = labels.values
-        others = np.setdiff1d(np.arange(len(view)), rows)
+        others = np.setdiff1d(labels.rows, rows)
         if len(np.unique(y)) == len(np.unique(y[others])) == 2:
             scored, shared = _scored_site(view, variable, labels.variable, layers)
             by_layer = fit_by_layer(view, labels.variable, others, y[others], shared)
@@ -161,6 +174,7 @@ def _choose_scores(
                     f"Log-odds of {positive} for each token of {scored}, by a logistic regression of each layer on {labels.variable} of "
                     "the other prompts. It learned from whole prompts and is asked about tokens: a direction, not a calibrated chance."
                 )
+                note += labels.left_out("this regression")
                 return _TokenScores(variable=scored, what=f"log-odds of {positive}", note=note, by_layer=by_layer)
     return _TokenScores(variable=variable, what=f"norm of {variable}", note=f"Euclidean norm of {variable} for each token.")
 
@@ -238,7 +252,7 @@ def _show_prompt(view: View, row: int, count: int, labels: PromptLabels | None, 
         at = max(at, end) if own else at
         pieces.append((between if own else "", own))
         names.append(own or (f"#{ids[position]}" if ids[position] >= 0 else str(position)))
-    label = "" if labels is None else f"{labels.name} {labels.values[row]}"
+    label = "" if labels is None or row not in labels.rows else f"{labels.name} {labels.values[row]}"
     unplaced = whole if not any(own for _, own in pieces) else ""
     made = tuple(flag == 1 for flag in column("generated"))
     return ShownPrompt(

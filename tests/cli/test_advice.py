@@ -29,7 +29,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> str:
     [
         (["sweep", "--labels", "label", "--layers", "0", "--cv", "2"], "leave them out with --missing drop"),
         (["sweep", "--labels", "label", "--layers", "0", "--missing", "drop", "--cv", "2"], "with --layers 0, or choose other layers"),
-        (["report", "--labels", "label"], "give each a label"),
+        (["report", "--labels", "label"], "leave them out with --missing drop"),
         (["sweep", "--labels", "label", "--missing", "drop", "--layers", "0", "--probes", "nope"], "use one of logistic_regression"),
         (["sweep", "--labels", "text", "--cv", "2"], "… of 8 classes}: use fewer folds, another column, or label more"),
     ],

@@ -179,6 +179,86 @@ def test_tokens_show_how_much_they_weigh_for_a_probe_that_learned_how_to_pool(st
         assert sum(shown["values"][0]) == pytest.approx(1, rel=1e-3)
 
 
+def labelled_in_part(root: Path, labels: list[Any], kept: list[int]) -> Store:
+    """The prompts of these numbers, each with its label, which None stands for where there is none."""
+    every = [f"prompt {i}{'!' * (i % 5)}" for i in range(len(labels))]
+    rng = np.random.default_rng(3)
+    hidden = [rng.standard_normal((3, 4)).astype("float32") + (i % 2) for i in range(len(labels))]
+    store = lz.open_store(root)
+    lz.write_activations(
+        store, model="m", prompts=[every[i] for i in kept], coords={"topic": [labels[i] for i in kept]},
+        activations={"resid": {layer: [(1 + layer) * hidden[i] for i in kept] for layer in (0, 1)}},
+        pooled={"resid_mean": {layer: np.stack([(1 + layer) * hidden[i].mean(0) for i in kept]) for layer in (0, 1)}},
+    )  # fmt: skip
+    return store
+
+
+def curves_of(page: lz.Report) -> dict[str, Any]:
+    """The curves of scores on a page of one group, by title."""
+    (data,) = data_of(page)
+    return {chart["title"]: chart["series"] for chart in data["charts"] if chart["title"] in ("Accuracy", "AUROC")}
+
+
+KINDS_OF_LABELS: dict[str, list[Any]] = {"float": [0.0, 1.0], "str": ["art", "sport"], "bool": [False, True]}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_LABELS)
+def test_prompts_without_a_label_are_left_out_if_asked(kind: str, tmp_path: Path) -> None:
+    two = KINDS_OF_LABELS[kind]
+    labels = [None if i % 5 == 3 else two[i % 2] for i in range(60)]
+    have = [i for i, label in enumerate(labels) if label is not None]
+    store, whole = labelled_in_part(tmp_path / "s", labels, list(range(60))), labelled_in_part(tmp_path / "whole", labels, have)
+    with pytest.raises(LabelError, match=r"labels 'topic' miss 12 of 60 prompts .*missing='drop'"):
+        lz.report(store, labels="topic")
+    page = lz.report(store, labels="topic", missing="drop")
+    (data,), (expected,) = data_of(page), data_of(lz.report(whole, labels="topic"))
+    assert "12 of 60 prompts have no label in &#x27;topic&#x27; and are left out of the scores." in page.html
+    assert "12 of 60 prompts have no label in &#x27;topic&#x27; and are left out of this regression." in page.html
+    # The curves: those of a store of the labelled prompts alone, and those of a sweep.
+    assert curves_of(page) == curves_of(lz.report(whole, labels="topic"))
+    assert set(curves_of(page)) == {"Accuracy", "AUROC"}
+    with_controls: dict[str, Any] = {"controls": ["shuffled_labels", "bag_of_words"], "missing": "drop"}
+    scores = lz.sweep(store.dataset().resid_mean, "topic", **with_controls)
+    series = {name: line for name, line, *_ in curves_of(page)["Accuracy"]}
+    for name in scores.probe.values:
+        assert series[str(name)] == pytest.approx(scores.accuracy.sel(probe=name).mean("fold").values.tolist(), rel=1e-3)
+    # Tokens: the same prompts of both classes, with the same log-odds.
+    assert [shown["tokens"] for shown in data["maps"]] == [shown["tokens"] for shown in expected["maps"]]
+    for shown, right in zip(data["maps"], expected["maps"], strict=True):
+        assert np.array(shown["values"]) == pytest.approx(np.array(right["values"]), rel=1e-3)
+    assert {shown["what"].partition(" = ")[0] for shown in data["maps"]} == {"log-odds of topic"}
+    named = [f"prompt {i}{'!' * (i % 5)}" for i in (3, 4)]
+    both = lz.report(store, labels="topic", missing="drop", prompts=named)
+    assert len(data_of(both)[0]["maps"]) == 2
+    assert both.html.count(" · topic ") == 1, "a prompt without a label is shown without one"
+    # Labels by prompt, and scores that exist: the sentence about scores is not the report's to say.
+    by_text = dict(zip(whole.dataset().text.values.tolist(), [labels[i] for i in have], strict=True))
+    assert curves_of(lz.report(store, labels=by_text, missing="drop")) == curves_of(lz.report(whole, labels=by_text))
+    given = lz.report(store, labels="topic", missing="drop", scores=scores)
+    assert "left out of the scores" not in given.html
+    assert "left out of this regression" in given.html
+    assert lz.report(whole, labels="topic", missing="drop").html.count("left out of") == 0, "every prompt has a label"
+
+
+def test_groups_are_those_of_the_prompts_that_have_a_label(tmp_path: Path) -> None:
+    store = labelled_in_part(tmp_path / "s", [None if i in (38, 39) else i % 2 for i in range(40)], list(range(40)))
+    texts = store.dataset().text.values.tolist()
+    store.annotate("m", {"fact": {text: i // 2 for i, text in enumerate(texts[:38])}})
+    page = lz.report(store, labels="topic", missing="drop")
+    assert "2 of 40 prompts have no label in &#x27;topic&#x27; and are left out of the scores. Prompts with the same" in page.html
+    scores = lz.sweep(store.dataset().resid_mean, "topic", groups="fact", missing="drop")
+    assert curves_of(page)["Accuracy"][0][1] == pytest.approx(scores.accuracy.mean("fold").values[:, 0].tolist(), rel=1e-3)
+
+
+def test_a_report_needs_some_labels_and_a_known_word(tmp_path: Path) -> None:
+    store = labelled_in_part(tmp_path / "s", [None] * 10, list(range(10)))
+    with pytest.raises(LabelError, match="labels 'topic' are missing for all 10 prompts: nothing is left to learn from"):
+        lz.report(store, labels="topic", missing="drop")
+    for labels in (None, "topic"):
+        with pytest.raises(InvalidArgumentError, match="missing='maybe' is unknown: use 'raise', or 'drop'"):
+            lz.report(store, labels=labels, missing="maybe")
+
+
 def test_curves_are_the_scores_with_their_controls_and_further_dims(stored: Store) -> None:
     ds = stored.dataset()
     scores = lz.sweep(ds.resid_mean, labels="label", probes=["ridge", "mass_mean"], cv=3)
@@ -364,6 +444,18 @@ def test_the_command_writes_the_page(stored: Store, tmp_path: Path, capsys: pyte
         assert code == 1
         assert len(err.splitlines()) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.html", "s"]
+
+
+def test_the_command_leaves_out_prompts_without_a_label_if_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = labelled_in_part(tmp_path / "s", [None if i % 5 == 3 else i % 2 for i in range(60)], list(range(60)))
+    target = tmp_path / "r.html"
+    arguments = ["report", store.url, "-o", str(target), "--labels", "topic"]
+    code, _, err = call(capsys, *arguments)
+    assert code == 1
+    assert err.endswith("give each a label, or leave them out with --missing drop\n")
+    assert not target.exists()
+    assert call(capsys, *arguments, "--missing", "drop")[0] == 0
+    assert curves_of(lz.Report(target.read_text(encoding="utf-8"))) == curves_of(lz.report(store, labels="topic", missing="drop"))
 
 
 @pytest.mark.filterwarnings("ignore::zarr.errors.UnstableSpecificationWarning")
