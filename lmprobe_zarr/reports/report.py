@@ -97,7 +97,7 @@ def report(
     labels: str | Mapping[Any, Any] | None = None,
     groups: str | None = None,
     missing: str = "raise",
-    probe: Probe | LayerSweep | None = None,
+    probe: Probe | LayerSweep | xr.Dataset | None = None,
     variable: str | None = None,
     prompts: int | Iterable[Any] = SHOWN_PROMPTS,
     text: bool = True,
@@ -125,8 +125,9 @@ def report(
     missing : {"raise", "drop"}
         What happens to prompts without a label. "drop" leaves them out of the sweep, its controls and the regressions for tokens, and
         the page says how many they are. Their tokens are shown only if `prompts` names them.
-    probe : Probe or LayerSweep, optional
-        Fitted on one layer, or swept over layers: tokens show its scores.
+    probe : Probe, LayerSweep or Dataset, optional
+        Fitted on one layer, or swept over layers: tokens show its scores. A Dataset is what :func:`lmprobe_zarr.fit_tokens` gives for two
+        classes, with one vector of coefficients for each layer.
     variable : str, optional
         The variable that `labels` are fitted on: a site that is stored pooled, of any width. By default the pooled residual stream.
     prompts : int or iterable of texts, hashes or token ids
@@ -185,7 +186,7 @@ class _Options:
     labels: str | Mapping[Any, Any] | None
     groups: str | None
     missing: str
-    probe: Probe | LayerSweep | None
+    probe: Probe | LayerSweep | xr.Dataset | None
     variable: str | None
     prompts: int | Iterable[Any]
     text: bool

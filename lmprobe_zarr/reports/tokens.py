@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+import xarray as xr
 
 from lmprobe_zarr.batch import split_variable
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
@@ -100,7 +102,7 @@ def show_tokens(
     rows: Ints,
     layers: Sequence[int],
     *,
-    probe: Probe | LayerSweep | None,
+    probe: Probe | LayerSweep | xr.Dataset | None,
     labels: PromptLabels | None,
     text: bool,
 ) -> ShownTokens | None:
@@ -114,7 +116,7 @@ def show_tokens(
     rows : ndarray of int
         The prompts, by their places in the view.
     layers : sequence of int
-    probe : Probe or LayerSweep, optional
+    probe : Probe, LayerSweep or Dataset of `fit_tokens`, optional
         Scores the tokens; without it, a regression of each layer on `labels` does.
     labels : PromptLabels, optional
     text : bool
@@ -148,9 +150,11 @@ def show_tokens(
 
 
 def _choose_scores(
-    view: View, variable: str, rows: Ints, layers: Sequence[int], probe: Probe | LayerSweep | None, labels: PromptLabels | None
+    view: View, variable: str, rows: Ints, layers: Sequence[int], probe: Probe | LayerSweep | xr.Dataset | None, labels: PromptLabels | None
 ) -> _TokenScores:
     """Scores by the given probe; else by regressions on the labels of the prompts that are not shown; else norms."""
+    if isinstance(probe, xr.Dataset):
+        return _scores_of_coefficients(view, variable, probe)
     if probe is not None:
         fitted = _probes_by_layer(probe)
         _check_width(view, variable, {int(each.pipeline_.n_features_in_) for each in fitted.values()})
@@ -202,6 +206,40 @@ def _check_width(view: View, variable: str, widths: set[int]) -> None:
         )
 
 
+def _scores_of_coefficients(view: View, variable: str, fitted: xr.Dataset) -> _TokenScores:
+    """The decision function of what `fit_tokens` gives: a probe with one vector of coefficients for each layer, of two classes."""
+    try:
+        classes = json.loads(str(fitted.attrs.get("classes", "null")))
+    except ValueError:
+        classes = None
+    dims = fitted["coef"].dims if {"coef", "intercept"} <= set(fitted.data_vars) else ()
+    if not isinstance(classes, list) or len(classes) != 2 or len(dims) != 2 or dims[0] != "layer" or dims[1] in ("head", "unit", "class"):
+        raise InvalidArgumentError(
+            "the probe is a Dataset that does not score single tokens for two classes: give what fit_tokens returns for a linear probe, or "
+            "a fitted lmprobe_zarr.Probe; the scores of a sweep are scores="
+        )
+    site = str(fitted.attrs.get("variable") or "")
+    scored = site if site in view.variables("tokens") else variable
+    _check_width(view, scored, {int(fitted.sizes[dims[1]])})
+
+    def score_of_layer(layer: int) -> Score:
+        held = fitted.sel(layer=layer)
+        coef, intercept = held["coef"].values.astype(float), float(held["intercept"])
+        return lambda values: np.asarray(values.reshape(len(values), -1).astype(float) @ coef + intercept)
+
+    by_layer = {
+        layer: score_of_layer(layer) for layer in fitted["layer"].values.tolist() if bool(fitted["coef"].sel(layer=layer).notnull().all())
+    }
+    labels = str(fitted.attrs.get("labels") or "")
+    positive = f"{labels} = {classes[1]}" if labels else str(classes[1])
+    kind = fitted.attrs.get("probe", "linear")
+    note = (
+        f"Score of each token of {scored} by the probe that was given ({kind}): above 0 for {positive}, below for {classes[0]}. A probe "
+        "says most about tokens that it has not learned from."
+    )
+    return _TokenScores(variable=scored, what=f"score of {positive}", note=note, by_layer=by_layer)
+
+
 def _probes_by_layer(probe: Any) -> dict[int, Probe]:
     """The fitted probe of each layer."""
     if isinstance(probe, LayerSweep):
@@ -210,7 +248,9 @@ def _probes_by_layer(probe: Any) -> dict[int, Probe]:
         by_layer = {probe.layers_[0]: probe} if len(probe.layers_) == 1 else {}
         by_layer = by_layer if probe.sweep_result_ is None else dict(probe.sweep_result_.probes)
     else:
-        raise InvalidTypeError(f"probe is a {type(probe).__name__}: give a fitted lmprobe_zarr.Probe, or a LayerSweep")
+        raise InvalidTypeError(
+            f"probe is a {type(probe).__name__}: give a fitted lmprobe_zarr.Probe, a LayerSweep, or what fit_tokens returns"
+        )
     if not by_layer or any(fitted.pipeline_ is None for fitted in by_layer.values()):
         why = (
             "learned from several layers side by side"

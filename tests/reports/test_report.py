@@ -159,6 +159,30 @@ def test_tokens_show_the_scores_of_a_probe_that_is_given(stored: Store) -> None:
     assert data["maps"][0]["values"][0] == pytest.approx(probe.pipeline_.decision_function(tokens), rel=1e-3, abs=1e-3)
 
 
+def test_tokens_show_the_scores_of_what_fit_tokens_gives(stored: Store) -> None:
+    tokens = stored.tokens()
+    labels = tokens.label.values
+    fitted = lz.fit_tokens(tokens.resid, labels, "ridge")
+    page = lz.report(stored, probe=fitted, prompts=["prompt 3!!!"])
+    (data,) = data_of(page)
+    shown = stored.tokens(prompts=["prompt 3!!!"]).resid
+    right = (shown * fitted.coef).sum("hidden") + fitted.intercept
+    assert data["maps"][0]["layers"] == [0, 1, 3]
+    for i, layer in enumerate((0, 1, 3)):
+        assert data["maps"][0]["values"][i] == pytest.approx(right.sel(layer=layer).values, rel=1e-3, abs=1e-3)
+    assert "(ridge): above 0 for " in page.html
+    assert "below for 0." in page.html
+    # A layer on which it could not be fitted has no scores.
+    fitted["coef"] = fitted.coef.where(fitted.layer != 1)
+    (data,) = data_of(lz.report(stored, probe=fitted, prompts=["prompt 3!!!"]))
+    assert data["maps"][0]["layers"] == [0, 3]
+    three = lz.fit_tokens(tokens.resid, np.arange(tokens.sizes["token"]) % 3, "ridge")
+    scores = lz.sweep(stored.dataset().resid_mean, "label", probes=["ridge"], cv=2)
+    for wrong in (three, scores, fitted.drop_vars("intercept"), fitted.assign_attrs(classes="?"), fitted.isel(layer=0)):
+        with pytest.raises(InvalidArgumentError, match="give what fit_tokens returns for a linear probe"):
+            lz.report(stored, probe=wrong, prompts=["prompt 3!!!"])
+
+
 @pytest.mark.model
 @pytest.mark.filterwarnings("ignore:.*was still improving")
 def test_tokens_show_how_much_they_weigh_for_a_probe_that_learned_how_to_pool(stored: Store) -> None:
