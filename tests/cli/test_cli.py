@@ -53,8 +53,11 @@ def test_prompts_from_txt_jsonl_and_csv(tmp_path: Path) -> None:
     [
         (["1", "", "3"], [1, None, 3]),
         (["true", "", "FALSE"], [True, None, False]),
-        (["x", "", "3"], ["x", "", "3"]),
-        (["", "", ""], ["", "", ""]),
+        (["x", "", "3"], ["x", None, "3"]),
+        (["", "", ""], [None, None, None]),
+        (["x", "NA", " "], ["x", "NA", " "]),
+        ([str(2**63), "", "3"], [str(2**63), None, "3"]),
+        (["1e999", "", "3"], ["1e999", None, "3"]),
         (["1_000", "2", "3"], ["1_000", "2", "3"]),
         (["\uff11", "2", "3"], ["\uff11", "2", "3"]),
         ([" 1", "2", "3"], [" 1", "2", "3"]),
@@ -73,8 +76,8 @@ def test_a_cell_of_a_csv_is_a_number_only_where_it_stays_the_same(tmp_path: Path
 
 
 def test_null_in_jsonl_is_a_missing_value(tmp_path: Path) -> None:
-    (tmp_path / "p.jsonl").write_text('{"text": "one", "y": null}\n{"text": "two", "y": 2}\n')
-    assert read_prompts(str(tmp_path / "p.jsonl"), columns=["y"]) == (["one", "two"], {"y": [None, 2]})
+    (tmp_path / "p.jsonl").write_text('{"text": "one", "y": null, "s": ""}\n{"text": "two", "y": 2, "s": null}\n')
+    assert read_prompts(str(tmp_path / "p.jsonl"), columns=["y", "s"]) == (["one", "two"], {"y": [None, 2], "s": ["", None]})
 
 
 def test_columns_of_a_csv_are_read_for_what_they_are(tmp_path: Path) -> None:
@@ -85,7 +88,7 @@ def test_columns_of_a_csv_are_read_for_what_they_are(tmp_path: Path) -> None:
     assert columns["w"][0] == 0.5
     assert np.isnan(columns["w"][1])
     assert columns["n"] == [1, 2]
-    assert columns["s"] == ["x", ""]
+    assert columns["s"] == ["x", None]
 
 
 def test_prompts_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -203,7 +203,12 @@ def schemas() -> dict[str, Schema]:
         "extract": {"anyOf": [{"title": "", **_record(ExtractStats)}, {"title": "--dry-run", **extract_plan}]},
         "info": _object({"store": _URL, "groups": _list(_groups(), "one for each model and provenance")}),
         "annotate": _object(
-            {"url": _URL, "columns": _list(_TEXT, "columns that were written"), "prompts": _of("integer", "prompts in the file")}
+            {
+                "url": _URL,
+                "columns": _list(_TEXT, "columns that were written"),
+                "prompts": _of("integer", "prompts in the file"),
+                "missing": _of("object", "of each column, how many of them have no value", additionalProperties=_INT),
+            }
         ),
         "drop": _object({"variables": _list(_TEXT, "what was dropped"), "parts": _of("integer", "parts that held any")}),
         "copy": _record(CopySummary),
