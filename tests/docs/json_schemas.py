@@ -159,6 +159,17 @@ def _scores() -> Schema:
             "model": _of("string", "name of the model"),
             "variable": _of("string", "what was probed"),
             "labels": _of("string", "the column of the labels"),
+            "prompts": _of("integer", "prompts with a label"),
+            "left_out": _of("integer", "prompts without a label, which `--missing drop` leaves out"),
+            "classes": _list(
+                _object(
+                    {"label": _of(["string", "number", "boolean"], "the class"), "prompts": _of("integer", "prompts of it that are tested")}
+                ),
+                "each class; empty for a regression",
+            ),
+            "folds": _of("integer", "folds, with `--repeats` of all repeats"),
+            "groups": _of(["string", "null"], "the column of `--groups`"),
+            "cv": _of("string", "how the folds come about"),
             "scores": _list(row, "a row for each layer, probe or control, and strength"),
             "chosen": _of("string", "with `--choose`: what was chosen, and by which score"),
         },
