@@ -201,9 +201,7 @@ def test_sweep_says_what_it_fitted_on_which_prompts(tmp_path: Path, capsys: pyte
     table["split"] = np.where(table.thing < 14, "train", "test")
     values = {0: rng.normal(size=(40, 4)).astype("float32")}
     columns = {str(name): column.tolist() for name, column in table.items()}
-    lz.write_activations(
-        store, model="m", prompts=[f"p{i}" for i in range(40)], pooled={"resid_mean": values}, coords=table.to_dict("list")
-    )
+    lz.write_activations(store, model="m", prompts=[f"p{i}" for i in range(40)], pooled={"resid_mean": values}, coords=columns)
 
     def first(*options: str) -> str:
         code, out, err = call(capsys, "sweep", store.url, *options)
