@@ -19,7 +19,7 @@ from lmprobe_zarr.cli.arguments import (
     prompts_of,
     split_names,
 )
-from lmprobe_zarr.cli.printing import as_json, print_json
+from lmprobe_zarr.cli.printing import as_json, print_json, print_text
 from lmprobe_zarr.cli.prompt_files import read_prompts
 from lmprobe_zarr.display import visible
 from lmprobe_zarr.errors import InvalidArgumentError
@@ -95,4 +95,4 @@ def add_copy(commands: Any) -> None:
 def _copy(options: argparse.Namespace) -> None:
     store = open_store(options.store, mode="r")
     summary = store.copy_to(options.url, model=options.model, group=options.group, prompts=prompts_of(options), progress=not options.json)
-    print_json(as_json(summary)) if options.json else print(summary)
+    print_json(as_json(summary)) if options.json else print_text(summary, options)

@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.cli.arguments import add_choice, add_command, add_store, parse_layers, split_names
-from lmprobe_zarr.cli.printing import print_json
+from lmprobe_zarr.cli.printing import print_json, print_text
 from lmprobe_zarr.display import shorten, visible
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.interchange import read_list
@@ -87,7 +87,7 @@ def _sweep(options: argparse.Namespace) -> None:
             document = {"fits": plan.n_fits, "tasks": plan.n_tasks, "nbytes": plan.nbytes, "layers": list(plan.layers)}
             print_json({**document, **({"chosen": plan.choice} if plan.choice else {})})
         else:
-            print(plan)
+            print_text(plan, options)
         return
     scores = sweep(data[variable], **arguments, out=options.out, progress=not options.json)
     metrics = [

@@ -295,12 +295,30 @@ def schemas() -> dict[str, Schema]:
                     ),
                 },
                 {
+                    "title": "--dry-run",
+                    **_object(
+                        {
+                            "models": _list(_model(), "what would be deleted"),
+                            "legacy": _list(_model(), "with `--legacy`: lmprobe's own entries that would be deleted"),
+                            "dry_run": _DRY,
+                        }
+                    ),
+                },
+                {
                     "title": "--reads",
                     **_object({"reads_bytes": _of("integer", "bytes of what was read of remote stores that were deleted")}),
                 },
             ]
         },
-        "delete": _object({"prompts": _of("integer", "prompts that were named"), "parts": _of("integer", "parts that held any")}),
+        "delete": {
+            "anyOf": [
+                {
+                    "title": "",
+                    **_object({"prompts": _of("integer", "prompts that were named"), "parts": _of("integer", "parts that held any")}),
+                },
+                {"title": "--dry-run", **_object({"prompts": _of("integer", "prompts that were named, all stored"), "dry_run": _DRY})},
+            ]
+        },
         "compact": _object(
             {
                 "url": _URL,
