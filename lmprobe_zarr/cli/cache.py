@@ -6,9 +6,9 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from lmprobe_zarr.cache import CacheInfo, ModelCacheInfo, cache_info, clear_cache, clear_read_cache, evict
+from lmprobe_zarr.cache import MIN_AGE, CacheInfo, ModelCacheInfo, cache_info, clear_cache, clear_read_cache, evict
 from lmprobe_zarr.cli.arguments import add_choice, add_command, add_dry_run, add_format, add_yes, confirm
-from lmprobe_zarr.cli.printing import print_json
+from lmprobe_zarr.cli.printing import print_json, print_text
 from lmprobe_zarr.cli.prompt_files import read_prompts
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.store import open_store
@@ -51,7 +51,11 @@ def add_evict(commands: Any) -> None:
     command = add_command(commands, "evict", _evict, "remove the least recently used parts until the cache is within a limit")
     command.add_argument("store", nargs="?", default=None, help="folder or URL instead of the cache; needed for a remote place")
     command.add_argument("--max-gb", type=float, help="the limit in GB of 1024³ bytes (default: the cache's limit)")
-    command.add_argument("--min-age", type=float, help="keep parts that were committed or used less than this many seconds ago")
+    command.add_argument(
+        "--min-age",
+        type=float,
+        help=f"keep parts that were committed or used less than this many seconds ago (default: {MIN_AGE:g}, and 0 for the cache)",
+    )
     command.add_argument("--annotations", action="store_true", help="remove columns too, which no model gives again")
     command.add_argument("--given", action="store_true", help="remove from the cache also what was imported or written by hand")
     add_dry_run(command)
@@ -70,7 +74,8 @@ def _evict(options: argparse.Namespace) -> None:
     if options.json:
         print_json({**_plan(plan), "dry_run": options.dry_run})
     else:
-        print("nothing to evict: no limit is set, there is no cache yet, or it is remote and was not named" if plan is None else plan)
+        nothing = "nothing to evict: no limit is set, there is no cache yet, or it is remote and was not named"
+        print_text(nothing if plan is None else plan, options)
 
 
 def _plan(plan: EvictPlan | None) -> dict[str, Any]:
@@ -86,6 +91,7 @@ def add_clear(commands: Any) -> None:
     command.add_argument("--model", help="only activations of this model: its name, hub id or folder")
     command.add_argument("--legacy", action="store_true", help="also delete lmprobe's own entries beside the store")
     command.add_argument("--reads", action="store_true", help="only delete what is kept of remote stores, which is read from there again")
+    add_dry_run(command)
     add_yes(command)
 
 
@@ -93,14 +99,25 @@ def _clear(options: argparse.Namespace) -> None:
     if options.reads:
         if options.store or options.model or options.legacy:
             raise InvalidArgumentError("--reads deletes what is kept of all remote stores, and nothing else: leave out the rest")
+        if options.dry_run:
+            raise InvalidArgumentError("--dry-run is for stored activations: lmprobe-zarr cache info says what --reads would delete")
         freed = clear_read_cache()
         print_json({"reads_bytes": freed}) if options.json else print(f"{freed} bytes of what was read of remote stores deleted")
         return
     info = cache_info(options.model, store=options.store)
     if not options.json:
         print(info)
-    if info.models or (options.legacy and info.legacy):
-        confirm(options, f"All of {options.model or 'this'} would be deleted{_columns_of(info)}.")
+    held = bool(info.models or (options.legacy and info.legacy))
+    said = f"All of {options.model or 'this'} would be deleted{_columns_of(info)}."
+    if options.dry_run:
+        if options.store is not None:
+            open_store(options.store).check_writable()
+        legacy = [_model(model) for model in info.legacy] if options.legacy else []
+        document = {"models": [_model(model) for model in info.models], "legacy": legacy, "dry_run": True}
+        print_json(document) if options.json else print(said if held else "Nothing would be deleted.")
+        return
+    if held:
+        confirm(options, said)
     count = clear_cache(options.model, url=options.store, legacy=options.legacy)
     if options.json:
         print_json(
@@ -135,12 +152,21 @@ def add_delete(commands: Any) -> None:
     command.add_argument("prompts", help="prompts or hashes: .txt, .jsonl or .csv; - is standard input")
     add_format(command)
     add_choice(command)
+    add_dry_run(command)
     add_yes(command)
 
 
 def _delete(options: argparse.Namespace) -> None:
     prompts, _ = read_prompts(options.prompts, file_format=options.format, text_column=options.text_column, columns=[])
     store = open_store(options.store)
-    confirm(options, f"{len(prompts)} prompts in {store.url} would be deleted permanently.")
+    said = f"{count_of(len(prompts), 'prompt')} in {store.url} would be deleted permanently."
+    if options.dry_run:
+        store.check_writable()
+        store.dataset(options.model, group=options.group, prompts=prompts)  # raises an error that names prompts that are not stored
+        print_json({"prompts": len(prompts), "dry_run": True}) if options.json else print(said)
+        return
+    confirm(options, said)
     parts = store.delete(options.model, prompts, group=options.group)
-    print_json({"prompts": len(prompts), "parts": parts}) if options.json else print(f"{len(prompts)} prompts deleted from {parts} parts")
+    print_json({"prompts": len(prompts), "parts": parts}) if options.json else print(
+        f"{count_of(len(prompts), 'prompt')} deleted from {count_of(parts, 'part')}"
+    )

@@ -19,10 +19,12 @@ from lmprobe_zarr.cli.arguments import (
     prompts_of,
     split_names,
 )
-from lmprobe_zarr.cli.printing import as_json, print_json
+from lmprobe_zarr.cli.printing import as_json, print_json, print_text
 from lmprobe_zarr.cli.prompt_files import read_prompts
+from lmprobe_zarr.display import visible
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.store import open_store
+from lmprobe_zarr.store.upkeep import count_of
 
 __all__ = ["add_annotate", "add_copy", "add_drop"]
 
@@ -49,12 +51,17 @@ def _annotate(options: argparse.Namespace) -> None:
     if len(set(keys)) < len(keys):
         twice = next(prompt for number, prompt in enumerate(prompts) if keys[number] in keys[:number])
         raise InvalidArgumentError(f"{options.file} has the prompt {twice[:60]!r} twice: give each once")
-    table = pd.DataFrame({name: pd.Series(values, index=prompts) for name, values in columns.items()})
+    # Of objects: pandas would make floats of integers with gaps, which are another kind of column.
+    table = pd.DataFrame({name: pd.Series(values, index=prompts, dtype=object) for name, values in columns.items()})
+    missing = {name: int(count) for name, count in table.isna().sum().items()}
     store = open_store(options.store)
     store.annotate(options.model, table, group=options.group)
-    print_json({"url": store.url, "columns": names, "prompts": len(prompts)}) if options.json else print(
-        f"{', '.join(names)}: {len(prompts)} prompts in {store.url}"
-    )
+    if options.json:
+        print_json({"url": store.url, "columns": names, "prompts": len(prompts), "missing": missing})
+        return
+    for name in names:
+        gaps = f" with a value, {missing[name]} missing," if missing[name] else ""
+        print(f"{visible(name)}: {count_of(len(prompts) - missing[name], 'prompt')}{gaps} in {visible(store.url)}")
 
 
 def add_drop(commands: Any) -> None:
@@ -88,4 +95,4 @@ def add_copy(commands: Any) -> None:
 def _copy(options: argparse.Namespace) -> None:
     store = open_store(options.store, mode="r")
     summary = store.copy_to(options.url, model=options.model, group=options.group, prompts=prompts_of(options), progress=not options.json)
-    print_json(as_json(summary)) if options.json else print(summary)
+    print_json(as_json(summary)) if options.json else print_text(summary, options)

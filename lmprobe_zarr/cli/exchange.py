@@ -20,7 +20,7 @@ from lmprobe_zarr.bridges import (
     import_safetensors,
 )
 from lmprobe_zarr.cli.arguments import add_choice, add_command, add_prompts, parse_layers, prompts_of, split_names
-from lmprobe_zarr.cli.printing import as_json, print_json
+from lmprobe_zarr.cli.printing import as_json, print_json, print_text
 from lmprobe_zarr.errors import InvalidArgumentError, ModelNotStoredError
 from lmprobe_zarr.store import open_to_read
 
@@ -76,7 +76,7 @@ def _import(options: argparse.Namespace) -> None:
         summary = import_pt(source, options.store, model=options.model, **rest)
     else:
         summary = import_safetensors(source, options.store, model=options.model, **rest)
-    print_json(as_json(summary)) if options.json else print(summary)
+    print_json(as_json(summary)) if options.json else print_text(summary, options)
 
 
 def _import_tool(options: argparse.Namespace, rest: dict[str, Any]) -> ImportSummary:
@@ -127,4 +127,4 @@ def _export(options: argparse.Namespace) -> None:
         layers=None if options.layers == "all" else parse_layers(options.layers), overwrite=options.overwrite, progress=not options.json,
         variables=split_names(options.variables) if options.variables else None,
     )  # fmt: skip
-    print_json(as_json(summary)) if options.json else print(summary)
+    print_json(as_json(summary)) if options.json else print_text(summary, options)

@@ -7,7 +7,7 @@ from typing import Any
 
 from lmprobe_zarr.batch import BUILT_IN_SITES, LOGITS_POSITIONS, POOLINGS, Generate
 from lmprobe_zarr.cli.arguments import add_command, add_store, parse_layers, parse_object, split_names
-from lmprobe_zarr.cli.printing import as_json, print_json
+from lmprobe_zarr.cli.printing import as_json, print_json, print_text
 from lmprobe_zarr.cli.prompt_files import FORMATS, read_prompts
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.extraction import ENGINES, WEIGHTS, extract, plan_extract
@@ -113,7 +113,7 @@ def _extract(options: argparse.Namespace) -> None:
     }
     if options.dry_run:
         plan = plan_extract(options.model, prompts, **request)
-        print_json(as_json(plan) | {"missing": plan.missing, "fits": plan.fits}) if options.json else print(plan)
+        print_json(as_json(plan) | {"missing": plan.missing, "fits": plan.fits}) if options.json else print_text(plan, options)
         return
     with own_client(workers=options.workers, address=options.scheduler) as client:
         stats = extract(
@@ -126,7 +126,7 @@ def _extract(options: argparse.Namespace) -> None:
             progress=not options.json,
             **request,
         )
-    print_json(as_json(stats)) if options.json else print(stats)
+    print_json(as_json(stats)) if options.json else print_text(stats, options)
 
 
 def _generate(options: argparse.Namespace) -> Generate | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import sys
@@ -9,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["as_json", "plain", "print_json"]
+from lmprobe_zarr.cli.advice import for_shell
+
+__all__ = ["as_json", "plain", "print_json", "print_text"]
 
 
 def as_json(record: Any) -> dict[str, Any]:
@@ -18,6 +21,11 @@ def as_json(record: Any) -> dict[str, Any]:
 
 def plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
+
+
+def print_text(record: Any, options: argparse.Namespace) -> None:
+    """Print a plan or a summary as text, with options of the command in place of arguments of Python."""
+    print(for_shell(str(record), options.parser))
 
 
 def print_json(document: Any) -> None:

@@ -35,8 +35,8 @@ def read_prompts(
     text_column : str
         Column, or key of an object, that holds the prompt. In ``.jsonl`` its value may also be a list of chat messages.
     columns : sequence of str
-        Further columns to read. In ``.csv``, a column of numbers, or of true and false, is converted, and an empty cell of it is a missing
-        value; in ``.jsonl``, null is.
+        Further columns to read. In ``.csv``, a column of numbers, or of true and false, is converted, and an empty cell of any column is a
+        missing value, quoted or not; in ``.jsonl``, null is, and ``""`` is an empty text.
 
     Returns
     -------
@@ -126,18 +126,19 @@ def _numbers(values: list[str]) -> list[Any]:
     """The values as truth values, integers or floats if all but empty cells can be read so, otherwise as texts.
 
     ``007`` is a text, and so are all values of a column with an integer beyond 64 bits or a number beyond the largest float: they would not
-    stay the same. Empty cells of integers and truth values are None, those of floats NaN.
+    stay the same. An empty cell is missing: NaN among floats, None among all others.
     """
     given = [value for value in values if value]
+    texts = [value or None for value in values]
     words = {value.lower() for value in given}
     if given and words <= {"true", "false"}:
         return [value.lower() == "true" if value else None for value in values]
     if given and all(map(_INTEGER.fullmatch, given)):
         numbers = [int(value) if value else None for value in values]
-        return values if any(number is not None and not -(2**63) <= number < 2**63 for number in numbers) else numbers
+        return texts if any(number is not None and not -(2**63) <= number < 2**63 for number in numbers) else numbers
     if given and all(map(_FLOAT.fullmatch, given)):
         floats = [float(value or "nan") for value in values]
         changed = any(math.isinf(number) and "inf" not in value.lower() for number, value in zip(floats, values, strict=True) if number)
         changed |= any(_INTEGER.fullmatch(value) is not None and abs(int(value)) > 2**53 for value in given)
-        return values if changed else floats
-    return values
+        return texts if changed else floats
+    return texts

@@ -6,16 +6,19 @@ import argparse
 import math
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.cli.arguments import add_choice, add_command, add_store, parse_layers, split_names
-from lmprobe_zarr.cli.printing import print_json
+from lmprobe_zarr.cli.printing import print_json, print_text
+from lmprobe_zarr.display import shorten, visible
 from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.interchange import read_list
 from lmprobe_zarr.probes.controls import BAGS_OF_TOKENS
 from lmprobe_zarr.store import open_to_read
+from lmprobe_zarr.store.upkeep import count_of
 
 __all__ = ["add_sweep"]
 
@@ -84,7 +87,7 @@ def _sweep(options: argparse.Namespace) -> None:
             document = {"fits": plan.n_fits, "tasks": plan.n_tasks, "nbytes": plan.nbytes, "layers": list(plan.layers)}
             print_json({**document, **({"chosen": plan.choice} if plan.choice else {})})
         else:
-            print(plan)
+            print_text(plan, options)
         return
     scores = sweep(data[variable], **arguments, out=options.out, progress=not options.json)
     metrics = [
@@ -93,9 +96,10 @@ def _sweep(options: argparse.Namespace) -> None:
     metrics.remove("fit_seconds")
     rows = _rows(scores, metrics)
     if options.json:
-        document = {"model": str(data.model.values), "variable": variable, "labels": options.labels, "scores": rows}
+        document = {"model": str(data.model.values), "variable": variable, "labels": options.labels, **_design(scores), "scores": rows}
         print_json({**document, **({"chosen": scores.attrs["chosen"]} if "chosen" in scores.attrs else {})})
     else:
+        print(_heading(scores, variable, options))
         _print_table(rows, metrics)
         if "chosen" in scores.attrs:
             print(f"chosen: {scores.attrs['chosen']}")
@@ -142,8 +146,10 @@ def _check_places(options: argparse.Namespace) -> None:
     if options.plot:
         parse_plot_path(options.plot)
         if "layer" in split_names(options.choose):
+            choose = f"--choose {options.choose}"
             raise InvalidArgumentError(
-                "--plot draws scores by layer, and --choose layer leaves none: leave one of the two out, or use --table"
+                f"--plot draws scores by layer, and {choose} leaves none. Run two commands: sweep … {choose}, "
+                f"and sweep … --plot {options.plot}"
             )
     ending = Path(options.out or "").suffix.lower()
     if ending in _FILES:
@@ -199,6 +205,46 @@ def _unique(values: Any) -> list[Any]:
     """What was chosen in some fold, sorted; empty for a control that has nothing to choose from."""
     known = [value for value in np.unique(values[values == values]).tolist() if value != ""]  # NaN differs from itself
     return [int(value) if isinstance(value, float) and value.is_integer() else value for value in known]
+
+
+def _class_counts(scores: xr.Dataset) -> list[tuple[Any, int]]:
+    """The classes with how many scored prompts each has; empty for a regression."""
+    classes, counts = (read_list(scores.attrs, name) or [] for name in ("classes", "class_counts"))
+    return list(zip(classes, map(int, counts), strict=True))
+
+
+def _design(scores: xr.Dataset) -> dict[str, Any]:
+    """What was fitted on which prompts, for ``--json``."""
+    return {
+        "prompts": int(scores.attrs["n_prompts"]),
+        "left_out": int(scores.attrs["n_dropped"]),
+        "classes": [{"label": label, "prompts": count} for label, count in _class_counts(scores)],
+        "folds": scores.sizes["fold"],
+        "groups": scores.attrs["groups"] or None,
+        "cv": scores.attrs["cv"],
+    }
+
+
+#: As many classes are named with their counts.
+_NAMED_CLASSES: Final = 6
+
+
+def _heading(scores: xr.Dataset, variable: str, options: argparse.Namespace) -> str:
+    """What was fitted on which prompts, as a line above the table."""
+    design, classes, n_folds = _design(scores), _class_counts(scores), scores.sizes["fold"]
+    what = count_of(design["prompts"], "prompt")
+    if len(classes) > _NAMED_CLASSES:
+        fewest, most = min(count for _, count in classes), max(count for _, count in classes)
+        what = f"{len(classes)} classes of {fewest if fewest == most else f'{fewest} to {most}'} prompts"
+    elif classes:
+        what = ", ".join(f"{shorten(str(label), 40)}: {count}" for label, count in classes)
+    what += " tested" if classes and options.split else ""
+    if design["left_out"]:
+        what += f"; {count_of(design['left_out'], 'prompt')} without label left out"
+    folds = f"split by {options.split}" if options.split else count_of(n_folds // options.repeats, "fold")
+    folds += f" by {options.groups}" if options.groups else ""
+    folds += f", drawn {options.repeats} times" if options.repeats > 1 else ""
+    return visible(f"{options.labels} ({what}) from {variable}, {folds}")
 
 
 def _print_table(rows: list[dict[str, Any]], metrics: list[str]) -> None:

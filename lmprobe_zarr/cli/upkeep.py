@@ -16,7 +16,7 @@ from lmprobe_zarr.cli.arguments import (
     parse_layers,
     prompts_of,
 )
-from lmprobe_zarr.cli.printing import as_json, print_json
+from lmprobe_zarr.cli.printing import as_json, print_json, print_text
 from lmprobe_zarr.cli.score_files import open_scores
 from lmprobe_zarr.errors import CorruptPartError
 from lmprobe_zarr.storage import open_storage
@@ -57,7 +57,7 @@ def _compact(options: argparse.Namespace) -> None:
         document = {"url": plan.url, "parts": plan.parts, "parts_after": plan.parts_after, "nbytes": plan.nbytes}
         print_json({**document, "runs": runs, "left": len(plan.left), "dry_run": options.dry_run})
     else:
-        print(plan)
+        print_text(plan, options)
 
 
 def add_verify(commands: Any) -> None:
@@ -70,7 +70,7 @@ def add_verify(commands: Any) -> None:
 def _verify(options: argparse.Namespace) -> int:
     store = _open_any_root(options.store, "r")
     summary = store.verify(options.model, group=options.group, full=not options.fast, progress=not options.json)
-    print_json({"ok": summary.ok, **as_json(summary)}) if options.json else print(summary)
+    print_json({"ok": summary.ok, **as_json(summary)}) if options.json else print_text(summary, options)
     return 0 if summary.ok else 1
 
 
@@ -88,10 +88,10 @@ def _repair(options: argparse.Namespace) -> None:
     summary: RepairSummary = store.repair(options.model, group=options.group, dry_run=True, progress=progress)
     if summary.changes and not options.dry_run:
         if not options.json:
-            print(summary)
+            print_text(summary, options)
         confirm(options, f"{len(summary.rewritten)} parts would be written again, {len(summary.dropped)} removed permanently.")
         summary = store.repair(options.model, group=options.group, progress=progress)
-    print_json(as_json(summary)) if options.json else print(summary)
+    print_json(as_json(summary)) if options.json else print_text(summary, options)
 
 
 def _open_any_root(place: str | None, mode: Mode) -> Store:
@@ -119,7 +119,7 @@ def _gc(options: argparse.Namespace) -> None:
     if count and not options.dry_run:
         confirm(options, f"{summary.freed} bytes in {count} entries would be deleted.")
         summary = store.gc(max_age=options.max_age)
-    print_json(_document(summary, options.dry_run)) if options.json else print(summary)
+    print_json(_document(summary, options.dry_run)) if options.json else print_text(summary, options)
 
 
 def _document(summary: GcSummary, dry_run: bool) -> dict[str, Any]:
@@ -171,4 +171,4 @@ def _publish(options: argparse.Namespace) -> None:
         numbers = {name: getattr(summary, name) for name in ("groups", "parts", "prompts", "nbytes")}
         print_json({"url": summary.url, **numbers})
     else:
-        print(summary)
+        print_text(summary, options)

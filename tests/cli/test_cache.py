@@ -77,6 +77,36 @@ def test_evict_as_json(cache: Store, capsys: pytest.CaptureFixture[str]) -> None
     assert call(capsys, "evict", "--max-gb", "-1", "--yes")[0] == 1
 
 
+def test_a_dry_run_of_evict_says_what_would_be(cache: Store, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    parts = len(cache.entries(cache.find_group(None)))
+    place = lz.open_store(tmp_path / "acts")
+    place.write(GROUP, make_batch(["another"]))
+    code, out, _ = call(capsys, "evict", cache.url, "--max-gb", "0", "--min-age", "0", "--given", "--dry-run")
+    assert code == 0
+    assert " would be evicted, " in out
+    assert " would be freed; 0 B would be kept, limit 0 B" in out
+    code, out, _ = call(capsys, "evict", place.url, "--max-gb", "0", "--dry-run")
+    assert "were committed or used less than 600 seconds ago (--min-age 600)" in out
+    assert len(cache.entries(cache.find_group(None))) == parts
+    code, out, _ = call(capsys, "evict", cache.url, "--max-gb", "0", "--min-age", "0", "--given", "--yes")
+    assert "would be" not in out
+    assert " evicted, " in out
+
+
+def test_a_dry_run_of_clear_and_delete_removes_nothing(cache: Store, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    prompts = cache.dataset().prompt.values.tolist()
+    (tmp_path / "p.txt").write_text(prompts[0] + "\n")
+    code, out, _ = call(capsys, "clear", "--dry-run")
+    assert (code, "All of this would be deleted" in out) == (0, True)
+    assert call_json(capsys, "clear", "--dry-run")["models"][0]["num_prompts"] == 6
+    code, out, _ = call(capsys, "delete", cache.url, str(tmp_path / "p.txt"), "--dry-run")
+    assert (code, out) == (0, f"1 prompt in {cache.url} would be deleted permanently.\n")
+    assert call_json(capsys, "delete", cache.url, str(tmp_path / "p.txt"), "--dry-run") == {"prompts": 1, "dry_run": True}
+    (tmp_path / "p.txt").write_text("nobody stored this\n")
+    assert call(capsys, "delete", cache.url, str(tmp_path / "p.txt"), "--dry-run")[0] == 1
+    assert cache.dataset().prompt.values.tolist() == prompts
+
+
 def test_clear_asks_first_and_prints_the_number(cache: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert call(capsys, "clear")[0] == 1
     answer(monkeypatch, "")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
+import pandas as pd
 import pytest
 from command_line import call, call_json
 from stores import GROUP, make_batch
@@ -36,6 +38,58 @@ def test_annotate_adds_columns_of_a_file(stored: str, tmp_path: Path, capsys: py
     data = lz.open_store(stored).dataset(prompts=TEXTS)
     assert data.tone.values.tolist() == [f"t{i % 3}" for i in range(40)]
     np.testing.assert_array_equal(data.score.values, np.arange(40) / 2)
+
+
+@pytest.mark.parametrize("quoted", [False, True])
+def test_empty_cells_are_what_a_table_of_pandas_with_gaps_is(
+    quoted: bool, stored: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty, rng = '""' if quoted else "", np.random.default_rng(0)
+    full = {
+        "topic": [("animal", "food")[i % 2] for i in range(40)],
+        "count": [str(i) for i in range(40)], "score": [f"{i}.5" for i in range(40)],
+        "seen": [("true", "False")[i % 2] for i in range(40)], "id": [f"{i:03}" for i in range(40)],
+    }  # fmt: skip
+    given = {name: [empty if gap else cell for cell, gap in zip(cells, rng.random(40) < 0.2, strict=True)] for name, cells in full.items()}
+    for name, columns in (("all.csv", full), ("some.csv", given | {"none": [empty] * 40})):
+        rows = zip(TEXTS, *columns.values(), strict=True)
+        (tmp_path / name).write_text("\n".join(map(",".join, [("text", *columns), *rows])) + "\n")
+    for name, columns in (("all.csv", full), ("some.csv", given | {"none": [empty] * 40})):
+        said = call_json(capsys, "annotate", stored, str(tmp_path / name), "--columns", ",".join(columns))
+        assert said["missing"] == {column: sum(cell == empty for cell in cells) for column, cells in columns.items()}
+    shown = lz.open_store(stored).dataset(prompts=TEXTS)
+
+    read: dict[str, Any] = {"index_col": "text", "keep_default_na": False, "na_values": [""], "dtype": {"id": object, "topic": object}}
+    other = lz.open_store(tmp_path / "other")
+    other.write(GROUP, make_batch(TEXTS))
+    other.annotate(None, pd.read_csv(tmp_path / "all.csv", **read))
+    gaps = pd.read_csv(tmp_path / "some.csv", **read)
+    other.annotate(None, gaps.astype({"count": "Int64", "seen": "boolean"}))
+    expected = other.dataset(prompts=TEXTS)
+    for name in (*full, "none"):
+        np.testing.assert_array_equal(shown[name].isnull(), gaps[name].isna(), err_msg=name)
+        pd.testing.assert_series_equal(shown[name].lz.to_series(), expected[name].lz.to_series())
+    assert "" not in shown.topic.values.tolist()
+
+
+def test_annotate_says_how_many_prompts_have_a_value(stored: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "new.csv").write_text("text,topic,n\n" + "".join(f"{text},{'' if i < 2 else 'food'},1\n" for i, text in enumerate(TEXTS)))
+    assert call(capsys, "annotate", stored, str(tmp_path / "new.csv"), "--columns", "topic,n") == (
+        0,
+        f"topic: 38 prompts with a value, 2 missing, in {stored}\nn: 40 prompts in {stored}\n",
+        "",
+    )
+
+
+@pytest.mark.parametrize("n", [2, 8])
+def test_empty_labels_are_no_class(n: int, stored: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "new.csv").write_text("text,topic\n" + "".join(f"{t},{'' if i < n else ('x', 'y')[i % 2]}\n" for i, t in enumerate(TEXTS)))
+    assert call(capsys, "annotate", stored, str(tmp_path / "new.csv"), "--columns", "topic")[0] == 0
+    code, _, err = call(capsys, "sweep", stored, "--labels", "topic", "--variable", "resid_mean")
+    assert code == 1
+    assert f"labels 'topic' miss {n} of 40 prompts" in err
+    assert "--missing drop" in err
+    assert call(capsys, "sweep", stored, "--labels", "topic", "--variable", "resid_mean", "--missing", "drop")[0] == 0
 
 
 @pytest.mark.parametrize(

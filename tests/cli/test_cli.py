@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from command_line import call, call_json
 from stores import GROUP, make_batch
@@ -53,8 +54,11 @@ def test_prompts_from_txt_jsonl_and_csv(tmp_path: Path) -> None:
     [
         (["1", "", "3"], [1, None, 3]),
         (["true", "", "FALSE"], [True, None, False]),
-        (["x", "", "3"], ["x", "", "3"]),
-        (["", "", ""], ["", "", ""]),
+        (["x", "", "3"], ["x", None, "3"]),
+        (["", "", ""], [None, None, None]),
+        (["x", "NA", " "], ["x", "NA", " "]),
+        ([str(2**63), "", "3"], [str(2**63), None, "3"]),
+        (["1e999", "", "3"], ["1e999", None, "3"]),
         (["1_000", "2", "3"], ["1_000", "2", "3"]),
         (["\uff11", "2", "3"], ["\uff11", "2", "3"]),
         ([" 1", "2", "3"], [" 1", "2", "3"]),
@@ -73,8 +77,8 @@ def test_a_cell_of_a_csv_is_a_number_only_where_it_stays_the_same(tmp_path: Path
 
 
 def test_null_in_jsonl_is_a_missing_value(tmp_path: Path) -> None:
-    (tmp_path / "p.jsonl").write_text('{"text": "one", "y": null}\n{"text": "two", "y": 2}\n')
-    assert read_prompts(str(tmp_path / "p.jsonl"), columns=["y"]) == (["one", "two"], {"y": [None, 2]})
+    (tmp_path / "p.jsonl").write_text('{"text": "one", "y": null, "s": ""}\n{"text": "two", "y": 2, "s": null}\n')
+    assert read_prompts(str(tmp_path / "p.jsonl"), columns=["y", "s"]) == (["one", "two"], {"y": [None, 2], "s": ["", None]})
 
 
 def test_columns_of_a_csv_are_read_for_what_they_are(tmp_path: Path) -> None:
@@ -85,7 +89,7 @@ def test_columns_of_a_csv_are_read_for_what_they_are(tmp_path: Path) -> None:
     assert columns["w"][0] == 0.5
     assert np.isnan(columns["w"][1])
     assert columns["n"] == [1, 2]
-    assert columns["s"] == ["x", ""]
+    assert columns["s"] == ["x", None]
 
 
 def test_prompts_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,8 +177,8 @@ def test_sweep_prints_a_table_and_draws(stored: str, capsys: pytest.CaptureFixtu
         capsys, "sweep", stored, "--variable", "resid_mean", "--probes", "ridge,mass_mean", "--cv", "2", "--plot", str(picture)
     )
     assert code == 0, err
-    assert out.splitlines()[0].split() == ["layer", "probe", "accuracy", "auroc"]
-    assert len(out.splitlines()) == 1 + 6 + 1
+    assert out.splitlines()[1].split() == ["layer", "probe", "accuracy", "auroc"]
+    assert len(out.splitlines()) == 2 + 6 + 1
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert "\r" not in err, "no progress bar where there is no terminal"
     document = call_json(capsys, "sweep", stored, "--variable", "resid_mean", "--cv", "2", "--layers", "1:", "--groups", "pair")
@@ -183,11 +187,47 @@ def test_sweep_prints_a_table_and_draws(stored: str, capsys: pytest.CaptureFixtu
     np.testing.assert_allclose([row["accuracy"] for row in document["scores"]], ours.accuracy.mean("fold").values[:, 0])
 
 
+def test_sweep_says_what_it_fitted_on_which_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store, rng = lz.open_store(tmp_path / "s"), np.random.default_rng(0)
+    table = pd.DataFrame(
+        {
+            "topic": [None, None, *["animal", "food"] * 19],
+            "thing": np.arange(40) // 2,
+            "size": rng.normal(size=40),
+            "many": np.arange(40) % 20,
+        }
+    )
+    table["many"] = np.arange(40) % 20
+    table["split"] = np.where(table.thing < 14, "train", "test")
+    values = {0: rng.normal(size=(40, 4)).astype("float32")}
+    columns = {str(name): column.tolist() for name, column in table.items()}
+    lz.write_activations(store, model="m", prompts=[f"p{i}" for i in range(40)], pooled={"resid_mean": values}, coords=columns)
+
+    def first(*options: str) -> str:
+        code, out, err = call(capsys, "sweep", store.url, *options)
+        assert code == 0, err
+        return out.splitlines()[0]
+
+    drop = ("--labels", "topic", "--missing", "drop")
+    counts = table.topic.value_counts()
+    what = f"animal: {counts['animal']}, food: {counts['food']}; {table.topic.isna().sum()} prompts without label left out"
+    assert first(*drop, "--groups", "thing") == f"topic ({what}) from resid_mean, 5 folds by thing"
+    assert first(*drop, "--cv", "2", "--repeats", "3") == f"topic ({what}) from resid_mean, 2 folds, drawn 3 times"
+    tested = table[table.split == "test"].topic.value_counts()
+    what = f"animal: {tested['animal']}, food: {tested['food']} tested; 2 prompts without label left out"
+    assert first(*drop, "--split", "split") == f"topic ({what}) from resid_mean, split by split"
+    assert first("--labels", "size", "--task", "regression") == "size (40 prompts) from resid_mean, 5 folds"
+    assert first("--labels", "many", "--cv", "2", "--metrics", "accuracy") == "many (20 classes of 2 prompts) from resid_mean, 2 folds"
+    document = call_json(capsys, "sweep", store.url, *drop, "--groups", "thing")
+    assert document["classes"] == [{"label": str(name), "prompts": int(count)} for name, count in counts.sort_index().items()]
+    assert (document["prompts"], document["left_out"], document["folds"], document["groups"]) == (38, 2, 5, "thing")
+
+
 def test_sweep_chooses_within_training_folds_and_prints_what_was_chosen(stored: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["sweep", stored, "--variable", "resid_mean", "--probes", "ridge,mass_mean", "--cv", "2", "--controls", "majority"]
     code, out, err = call(capsys, *options, "--choose", "layer")
     assert code == 0, err
-    lines = out.splitlines()
+    lines = out.splitlines()[1:]
     assert lines[0].split() == ["probe", "accuracy", "auroc", "chosen", "layers"]
     assert [line.split()[0] for line in lines[1:4]] == ["ridge", "mass_mean", "majority"]
     assert lines[3].split()[-1] == "-"
@@ -201,8 +241,11 @@ def test_sweep_chooses_within_training_folds_and_prints_what_was_chosen(stored: 
     assert document["scores"][0]["chosen_layers"] == np.unique(ours.chosen_layer[0]).tolist()
     assert document["chosen"] == ours.attrs["chosen"]
     assert "chosen     layer, in each fold" in call(capsys, *options, "--choose", "layer", "--dry-run")[1]
-    for bad, message in (("fold", "use some of 'layer', 'probe'"), ("layer", "--plot draws scores by layer")):
-        code, _, err = call(capsys, *options, "--choose", bad, *(["--plot", "x.png"] if bad == "layer" else []))
+    for bad, message in (
+        ("fold", "use some of 'layer', 'probe'"),
+        ("layer,probe", "Run two commands: sweep … --choose layer,probe, and sweep … --plot x.png\n"),
+    ):
+        code, _, err = call(capsys, *options, "--choose", bad, *(["--plot", "x.png"] if "layer" in bad else []))
         assert code != 0
         assert message in err
 
@@ -243,7 +286,7 @@ def test_sweep_takes_controls_metrics_a_split_and_a_place(stored: str, capsys: p
     assert call_json(capsys, *options, "--out", str(tmp_path / "scores")) == document
     assert call_json(capsys, *options, "--dry-run")["fits"] > 0
     code, out, _ = call(capsys, *options)
-    assert out.splitlines()[0].split() == ["layer", "probe", "f1", "log_loss"]
+    assert out.splitlines()[1].split() == ["layer", "probe", "f1", "log_loss"]
 
 
 def test_sweep_shuffles_as_often_as_the_control_says_and_shows_p_values(stored: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,7 +295,7 @@ def test_sweep_shuffles_as_often_as_the_control_says_and_shows_p_values(stored: 
     assert probe["accuracy_p_value"] in (0.2, 0.4, 0.6, 0.8, 1.0)
     assert "auroc_p_value" in probe
     assert not any("accuracy_p_value" in row for row in controls)
-    lines = call(capsys, *options)[1].splitlines()
+    lines = call(capsys, *options)[1].splitlines()[1:]
     assert f"p={probe['accuracy_p_value']:.2g}" in lines[1]
     assert "p=" not in lines[2]
     counted = call_json(capsys, *options[:-1], "bag_of_tokens")["scores"]

@@ -159,6 +159,17 @@ def _scores() -> Schema:
             "model": _of("string", "name of the model"),
             "variable": _of("string", "what was probed"),
             "labels": _of("string", "the column of the labels"),
+            "prompts": _of("integer", "prompts with a label"),
+            "left_out": _of("integer", "prompts without a label, which `--missing drop` leaves out"),
+            "classes": _list(
+                _object(
+                    {"label": _of(["string", "number", "boolean"], "the class"), "prompts": _of("integer", "prompts of it that are tested")}
+                ),
+                "each class; empty for a regression",
+            ),
+            "folds": _of("integer", "folds, with `--repeats` of all repeats"),
+            "groups": _of(["string", "null"], "the column of `--groups`"),
+            "cv": _of("string", "how the folds come about"),
             "scores": _list(row, "a row for each layer, probe or control, and strength"),
             "chosen": _of("string", "with `--choose`: what was chosen, and by which score"),
         },
@@ -203,7 +214,12 @@ def schemas() -> dict[str, Schema]:
         "extract": {"anyOf": [{"title": "", **_record(ExtractStats)}, {"title": "--dry-run", **extract_plan}]},
         "info": _object({"store": _URL, "groups": _list(_groups(), "one for each model and provenance")}),
         "annotate": _object(
-            {"url": _URL, "columns": _list(_TEXT, "columns that were written"), "prompts": _of("integer", "prompts in the file")}
+            {
+                "url": _URL,
+                "columns": _list(_TEXT, "columns that were written"),
+                "prompts": _of("integer", "prompts in the file"),
+                "missing": _of("object", "of each column, how many of them have no value", additionalProperties=_INT),
+            }
         ),
         "drop": _object({"variables": _list(_TEXT, "what was dropped"), "parts": _of("integer", "parts that held any")}),
         "copy": _record(CopySummary),
@@ -279,12 +295,30 @@ def schemas() -> dict[str, Schema]:
                     ),
                 },
                 {
+                    "title": "--dry-run",
+                    **_object(
+                        {
+                            "models": _list(_model(), "what would be deleted"),
+                            "legacy": _list(_model(), "with `--legacy`: lmprobe's own entries that would be deleted"),
+                            "dry_run": _DRY,
+                        }
+                    ),
+                },
+                {
                     "title": "--reads",
                     **_object({"reads_bytes": _of("integer", "bytes of what was read of remote stores that were deleted")}),
                 },
             ]
         },
-        "delete": _object({"prompts": _of("integer", "prompts that were named"), "parts": _of("integer", "parts that held any")}),
+        "delete": {
+            "anyOf": [
+                {
+                    "title": "",
+                    **_object({"prompts": _of("integer", "prompts that were named"), "parts": _of("integer", "parts that held any")}),
+                },
+                {"title": "--dry-run", **_object({"prompts": _of("integer", "prompts that were named, all stored"), "dry_run": _DRY})},
+            ]
+        },
         "compact": _object(
             {
                 "url": _URL,

@@ -93,6 +93,10 @@ class EvictPlan:
         Bytes of annotations that are kept, because no model gives them again.
     given : int
         Bytes of parts that are kept because they were imported or written by hand.
+    min_age : float
+        Seconds; what was committed or used later than that is kept.
+    dry_run : bool
+        Whether nothing was removed, and this only says what would be.
     """
 
     entries: tuple[EvictionEntry, ...]
@@ -102,6 +106,8 @@ class EvictPlan:
     protected: int
     columns: int = 0
     given: int = 0
+    min_age: float = 0.0
+    dry_run: bool = False
 
     @property
     def fits(self) -> bool:
@@ -122,10 +128,12 @@ class EvictPlan:
         notes = sum(entry.is_annotation and not entry.is_tombstone for entry in self.entries)
         what = f"{count_of(parts, 'part')} of {count_of(self.prompts, 'prompt')}"
         what += f" and {count_of(notes, 'annotation')}" if notes else ""
-        text = f"{what} evicted, {format_bytes(self.freed)} freed; {format_bytes(self.kept)} kept, limit {format_bytes(self.limit)}"
+        would = "would be " if self.dry_run else ""
+        text = f"{what} {would}evicted, {format_bytes(self.freed)} {would}freed; {format_bytes(self.kept)} {would}kept, "
+        text += f"limit {format_bytes(self.limit)}"
         if not self.fits:
             why = [
-                (self.protected, "were committed or used a moment ago (min_age)"),
+                (self.protected, f"were committed or used less than {self.min_age:g} seconds ago (min_age={self.min_age:g})"),
                 (self.columns, "are annotations, which no model gives again (annotations=True)"),
                 (self.given, "were imported or written by hand (given=True)"),
             ]
@@ -237,6 +245,7 @@ def plan_evict(
         protected=sum(entry.nbytes for entry in left.values() if entry.part.path in young),
         columns=sum(entry.nbytes for entry in stays if entry.is_annotation),
         given=sum(entry.nbytes for entry in stays if entry.is_given and not entry.is_annotation and not given),
+        min_age=min_age,
     )
 
 
