@@ -1,4 +1,4 @@
-"""Shows values as text for terminals, and as HTML for notebooks and pages. Names and texts from elsewhere are escaped.
+"""Shows values as text for terminals, and as HTML for notebooks and pages, and progress. Names and texts from elsewhere are escaped.
 
 Knows no store. The HTML needs no script: it takes its colours from the page around it, dark or light, and ``<details>`` opens and closes
 sections.
@@ -9,8 +9,10 @@ from __future__ import annotations
 import html
 import math
 import shutil
+import sys
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,6 +27,7 @@ __all__ = [
     "format_bytes",
     "format_table",
     "name_in_messages",
+    "progress_bar",
     "section",
     "shorten",
     "sparkline",
@@ -250,3 +253,30 @@ def shortened(rows: Iterable[object]) -> list[str]:
     lines = [f"          {row}" for row in rows]
     more = len(lines) - SHOWN_LINES
     return lines if more <= 0 else [*lines[:SHOWN_LINES], f"          … and {more} more"]
+
+
+@contextmanager
+def progress_bar(total: int, *, description: str, unit: str, enabled: bool) -> Iterator[Callable[[int], None]]:
+    """Show a bar on standard error, on terminals and in notebooks and never in a file or a pipe.
+
+    Gives a function that advances it by a number of units.
+    """
+    if not enabled:
+        yield lambda _: None
+        return
+    from tqdm.auto import tqdm
+
+    # With None, tqdm shows the bar on terminals only. A notebook is not a terminal, but can show the bar.
+    disable = False if _in_notebook() else None
+    with tqdm(total=total, desc=description, unit=unit, unit_scale=total >= 10_000, disable=disable) as bar:
+
+        def advance(count: int) -> None:
+            bar.update(count)
+
+        yield advance
+
+
+def _in_notebook() -> bool:
+    """Whether this code runs in a notebook's kernel. That IPython is imported is not enough to know."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return hasattr(shell, "kernel")

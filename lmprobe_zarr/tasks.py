@@ -14,8 +14,8 @@ from functools import partial
 from numbers import Integral
 from typing import Any, Final, TypeVar
 
+from lmprobe_zarr.display import progress_bar
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, MissingDependencyError, UnreachableError
-from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.typing import Client
 
 __all__ = ["Runner", "check_client", "is_in_process", "own_client", "parse_runner", "run_on_client", "stop_if_cancelled"]

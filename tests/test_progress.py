@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from lmprobe_zarr.progress import progress_bar
+from lmprobe_zarr.display import progress_bar
 
 
 class Terminal(io.StringIO):

@@ -19,8 +19,8 @@ from lmprobe_zarr.bridges.files import open_files
 from lmprobe_zarr.bridges.lmprobe_folders import read_manifest
 from lmprobe_zarr.bridges.lmprobe_write import has_place
 from lmprobe_zarr.bridges.summaries import ExportSummary, Tally
+from lmprobe_zarr.display import progress_bar
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
-from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.safetensors_file import narrow_bfloat16, widen_bfloat16
 from lmprobe_zarr.storage import Storage, open_storage, run_all
 from lmprobe_zarr.store import Model, Place, open_to_read

@@ -31,12 +31,12 @@ from lmprobe_zarr.batch import (
 from lmprobe_zarr.bridges.entry import Entry, Held, Skipped, Source
 from lmprobe_zarr.bridges.same_model import check_fits, width_of
 from lmprobe_zarr.bridges.summaries import ImportSummary, Tally
+from lmprobe_zarr.display import progress_bar
 from lmprobe_zarr.errors import (
     CorruptFileError,
     InvalidArgumentError,
     InvalidTypeError,
 )
-from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.store import Ingest, Place, Store, open_store
 from lmprobe_zarr.store.format import LEVELS, GroupInfo, Level, Provenance, unrecorded_fields
 from lmprobe_zarr.store.parts import View

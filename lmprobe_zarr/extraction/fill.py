@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from lmprobe_zarr.batch import Answer, Column, TokenBatch, pool_ragged, round_bits, split_variable
+from lmprobe_zarr.display import progress_bar
 from lmprobe_zarr.extraction import models
 from lmprobe_zarr.extraction.columns import with_columns
 from lmprobe_zarr.extraction.continued import stored_rows_of
@@ -24,7 +25,6 @@ from lmprobe_zarr.extraction.models import TokenizedPrompts
 from lmprobe_zarr.extraction.options import Options
 from lmprobe_zarr.extraction.over import with_parts
 from lmprobe_zarr.extraction.work import Work
-from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.store import Ingest, Store
 from lmprobe_zarr.store.format import SITE_ATTRIBUTES
 from lmprobe_zarr.store.parts import CallOrder, blocks_of, read_values

@@ -15,7 +15,7 @@ from typing import Final, TypeVar
 
 from lmprobe_zarr import config
 from lmprobe_zarr.batch import Prompts, describe_layers
-from lmprobe_zarr.display import format_bytes
+from lmprobe_zarr.display import format_bytes, progress_bar
 from lmprobe_zarr.errors import CorruptPartError, MissingPromptsError, NoSpaceError, ReadOnlyError
 from lmprobe_zarr.extraction.columns import annotate
 from lmprobe_zarr.extraction.fill import Written, fill_here
@@ -28,7 +28,6 @@ from lmprobe_zarr.extraction.shares import Share, cut_shares
 from lmprobe_zarr.extraction.weights import ChosenWeights, check_weights_choice, choose_weights
 from lmprobe_zarr.extraction.work import Work, decide
 from lmprobe_zarr.log import cache_logger, warn
-from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.store import Store, ambiguous
 from lmprobe_zarr.store.format import GroupInfo, describe_unrecorded
 from lmprobe_zarr.tasks import run_on_client, stop_if_cancelled

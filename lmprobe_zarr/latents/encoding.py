@@ -12,13 +12,13 @@ import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.batch import TokenBatch, offsets_of
+from lmprobe_zarr.display import progress_bar
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LayerOutOfRangeError, MissingPromptsError
 from lmprobe_zarr.latents.encoder import Encoder
 from lmprobe_zarr.latents.folders import load_sae
 from lmprobe_zarr.latents.lists import by_prompt, list_width, lists_of
 from lmprobe_zarr.latents.sae import SparseAutoencoder
 from lmprobe_zarr.latents.stored import INDICES, VALUES, StoredRows, check_name, list_names_of, stored_rows_of
-from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.store import Ingest, Place, open_again
 from lmprobe_zarr.store.format import SAE
 from lmprobe_zarr.store.parts import View, merged_order, read_values

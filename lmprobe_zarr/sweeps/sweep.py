@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from lmprobe_zarr.display import progress_bar
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.probes import Fit, FitTask, NotFiniteError, describe_unfit, fit_task, number_repeats, show_prompts
-from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.sweeps.below_chance import describe_below_chance, find_below_chance
 from lmprobe_zarr.sweeps.given import warn_failed, warn_unconverged
 from lmprobe_zarr.sweeps.options import SweepOptions

@@ -21,7 +21,7 @@ BEGIN, END = "<!-- rooms: written by `make pages` -->\n", "<!-- end of rooms -->
 
 # A room imports only from lines above its own. A folder is a room, and so is a file of the root.
 ORDER = [
-    "errors typing display interchange model_files progress safetensors_file version",
+    "errors typing display interchange model_files safetensors_file version",
     "batch storage tasks",
     "tokens config plots pages",
     "probes log",
@@ -37,7 +37,7 @@ ORDER = [
 # Of rooms on one line: which ones import from which, from the bottom up.
 INNER = [
     "errors version typing",
-    "display interchange model_files progress safetensors_file store.format cli",
+    "display interchange model_files safetensors_file store.format cli",
     "store.parts __main__",
     "store.upkeep",
     "store",

@@ -18,10 +18,9 @@ import numpy as np
 import pandas as pd
 
 from lmprobe_zarr.batch import decode_role_names, keys_of
-from lmprobe_zarr.display import format_bytes
+from lmprobe_zarr.display import format_bytes, progress_bar
 from lmprobe_zarr.errors import InvalidArgumentError, PartGoneError
 from lmprobe_zarr.log import LOGGER_NAME
-from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.storage import Storage, run_all
 from lmprobe_zarr.store.format import COLUMN, MADE_BY_WRITER, PART_VERSION, STAMPS, ArrayInfo, GroupInfo, PartInfo, replacement_name
 from lmprobe_zarr.store.parts import Catalog, Listing, Part, open_view, part_nbytes, read_batches

@@ -11,9 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lmprobe_zarr.batch import keys_of
-from lmprobe_zarr.display import format_bytes
+from lmprobe_zarr.display import format_bytes, progress_bar
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError
-from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.storage import Storage, run_all
 from lmprobe_zarr.store.format import ANNOTATIONS, LEVELS, GroupInfo, Level, is_intact, is_variable, replacement_name
 from lmprobe_zarr.store.parts import Catalog, Listing, Part, PartWriter, View, note_commit, open_view, part_nbytes, write_group

@@ -18,10 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lmprobe_zarr.batch import LayerSpec, choose_layers, keys_of
-from lmprobe_zarr.display import format_bytes
+from lmprobe_zarr.display import format_bytes, progress_bar
 from lmprobe_zarr.errors import InvalidArgumentError, ModelNotStoredError, NotAStoreError
 from lmprobe_zarr.pages import PUBLISHED, generator
-from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.storage import HubDraft, HubStorage, Storage, open_storage
 from lmprobe_zarr.store.format import (
     ANNOTATIONS,

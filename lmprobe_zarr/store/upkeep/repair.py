@@ -15,8 +15,8 @@ from typing import Final
 import numpy as np
 
 from lmprobe_zarr.batch import HASH_DIGITS, hashes_of, offsets_of, prompt_sha256
+from lmprobe_zarr.display import progress_bar
 from lmprobe_zarr.errors import CorruptPartError, PartGoneError
-from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.storage import FileInfo, Storage
 from lmprobe_zarr.store.format import (
     BLOCK_TABLE,

@@ -17,8 +17,8 @@ from typing import Any, Final
 import numpy as np
 
 from lmprobe_zarr.batch import SCALARS, count_odd
+from lmprobe_zarr.display import progress_bar
 from lmprobe_zarr.errors import CorruptPartError, LmprobeZarrError, PartGoneError, UnsupportedVersionError
-from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.storage import Storage, run_all
 from lmprobe_zarr.store.format import (
     ANNOTATIONS,
