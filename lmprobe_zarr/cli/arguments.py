@@ -102,7 +102,8 @@ def set_storage_options(options: argparse.Namespace) -> None:
     anonymous = getattr(options, "anon", False)
     if given is None and not anonymous:
         return
-    places = [value for name in ("store", "url", "target", "source") if isinstance(value := getattr(options, name, None), str)]
+    named = [getattr(options, name, None) for name in ("store", "url", "target", "source")]
+    places = [value for value in (*named, *getattr(options, "places", ())) if isinstance(value, str)]
     protocols = sorted({place.partition("://")[0].lower() for place in places if "://" in place} - {"file", "local", "memory"})
     if not protocols:
         raise InvalidArgumentError("--anon and --storage-options are for remote places such as s3://bucket/acts, and none is named")
