@@ -52,6 +52,12 @@ _ANONYMOUS: Final[dict[str, dict[str, Any]]] = {
 }
 
 
+#: What is meant by commands of other programs.
+_MEANT: Final = dict.fromkeys(("ls", "list"), "info, which lists what a store holds, or show --list, which lists its prompts") | {
+    "rm": "delete for prompts, drop for variables, or clear for all", "cp": "copy", "help": "--help",
+}  # fmt: skip
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors name the nearest command, option or choice."""
 
@@ -68,6 +74,8 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
+            if isinstance(action, argparse._SubParsersAction) and value in _MEANT:
+                raise argparse.ArgumentError(action, f"{value!r} is no command: did you mean {_MEANT[value]}?")
             near = _nearest(str(value), choices) or f"choose from {', '.join(choices)}"
             raise argparse.ArgumentError(action, f"{value!r} is none of its choices: {near.removeprefix(': ')}")
 
