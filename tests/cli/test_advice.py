@@ -141,7 +141,7 @@ OF_PYTHON = re.compile(
         ("delete {copy} {prompts} --yes", "is a published copy, which never changes"),
         ("delete {copy} {prompts} --dry-run", "is a published copy, which never changes"),
         ("annotate {copy} {table} --columns new", "is a published copy, which never changes"),
-        ("sweep {store} --labels lable", "there is no coordinate 'lable'"),
+        ("sweep {store} --labels lable", "there is no column 'lable'"),
         ("sweep {store} {drop} --labels label --groups lable", "lable"),
         ("sweep {store} {drop} --labels label --split lable", "lable"),
         ("sweep {store} --controls bag_of_wrods", "there is no control 'bag_of_wrods'"),
