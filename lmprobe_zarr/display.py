@@ -6,6 +6,7 @@ sections.
 
 from __future__ import annotations
 
+import difflib
 import html
 import math
 import shutil
@@ -27,6 +28,7 @@ __all__ = [
     "format_bytes",
     "format_table",
     "name_in_messages",
+    "nearest",
     "progress_bar",
     "section",
     "shorten",
@@ -62,6 +64,12 @@ def visible(text: object, *, lines: bool = False) -> str:
 def terminal_width(default: int = 120) -> int:
     """Columns of the terminal, at least 40; `default` if standard output is not a terminal."""
     return max(40, shutil.get_terminal_size((default, 24)).columns)
+
+
+def nearest(given: object, known: Iterable[object]) -> str:
+    """A question in brackets that names what is nearest to a mistyped name, for an error; empty where nothing is near."""
+    near = difflib.get_close_matches(str(given), [str(name) for name in known], n=1)
+    return f" (did you mean {near[0]!r}?)" if near and near[0] != given else ""
 
 
 def columns_of(text: str) -> int:

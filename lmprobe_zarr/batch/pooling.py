@@ -11,6 +11,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from lmprobe_zarr.display import nearest
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.typing import Array, Ints
 
@@ -64,7 +65,7 @@ def parse_poolings(poolings: str | tuple[str, ...] | list[str]) -> tuple[str, ..
     names = (poolings,) if isinstance(poolings, str) else tuple(poolings)
     for name in names:
         if name not in POOLINGS:
-            raise InvalidArgumentError(f"unknown pooling {name!r}: choose from {', '.join(POOLINGS)}")
+            raise InvalidArgumentError(f"unknown pooling {name!r}{nearest(name, POOLINGS)}: choose from {', '.join(POOLINGS)}")
     return tuple(dict.fromkeys(names))
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final, Literal, TypeAlias
 
 from lmprobe_zarr.batch.pooling import ALL, POOLINGS, parse_poolings, split_variable
+from lmprobe_zarr.display import nearest
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 
 __all__ = [
@@ -200,8 +201,9 @@ def parse_sites(sites: SitesSpec | Sites, outputs: Outputs = NO_OUTPUTS) -> tupl
         names = (sites,) if isinstance(sites, str) else tuple(sites)
         unknown = [name for name in names if name not in BUILT_IN_SITES]
         if unknown:
+            near = nearest(unknown[0], BUILT_IN_SITES)
             raise InvalidArgumentError(
-                f"unknown site {unknown[0]!r}: choose from {', '.join(BUILT_IN_SITES)}, or name a module, "
+                f"unknown site {unknown[0]!r}{near}: choose from {', '.join(BUILT_IN_SITES)}, or name a module, "
                 "sites={'z': 'self_attn.o_proj:input'}"
             )
         given = {name: name for name in names}

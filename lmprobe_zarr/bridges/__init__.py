@@ -16,6 +16,7 @@ from lmprobe_zarr.bridges.imports import (
     import_source,
     import_tensors,
     import_vllm,
+    list_models,
 )
 from lmprobe_zarr.bridges.legacy import open_legacy
 from lmprobe_zarr.bridges.lmprobe_cache import LegacyCache, LegacyModel, beside
@@ -40,5 +41,6 @@ __all__ = [
     "import_source",
     "import_tensors",
     "import_vllm",
+    "list_models",
     "open_legacy",
 ]

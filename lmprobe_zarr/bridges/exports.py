@@ -19,7 +19,7 @@ from lmprobe_zarr.bridges.files import open_files
 from lmprobe_zarr.bridges.lmprobe_folders import read_manifest
 from lmprobe_zarr.bridges.lmprobe_write import has_place
 from lmprobe_zarr.bridges.summaries import ExportSummary, Tally
-from lmprobe_zarr.display import progress_bar
+from lmprobe_zarr.display import nearest, progress_bar
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.safetensors_file import narrow_bfloat16, widen_bfloat16
 from lmprobe_zarr.storage import Storage, open_storage, run_all
@@ -327,7 +327,9 @@ def _chosen_variables(view: View, given: str | Iterable[str] | None) -> tuple[st
     chosen = tuple(list_names("variables", given, "resid"))
     for name in chosen:
         if name not in stored:
-            raise InvalidArgumentError(f"{name!r:.80} is not stored in {view.where}: there is {', '.join(stored) or 'none'}")
+            raise InvalidArgumentError(
+                f"{name!r:.80} is not stored in {view.where}{nearest(name, stored)}: there is {', '.join(stored) or 'none'}"
+            )
         if name not in there:
             raise InvalidArgumentError(
                 f"lmprobe's format has no name for {name!r}: {_EXPORTABLE}; of what is stored here, {', '.join(there) or 'none'}"

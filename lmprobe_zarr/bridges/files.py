@@ -325,6 +325,20 @@ def open_files(url: str | os.PathLike[str] | Storage, storage_options: Mapping[s
     raise InvalidArgumentError(f"{storage!r} cannot be read by ranges: give a path or a URL")
 
 
+def open_source(url: str | os.PathLike[str] | Storage, storage_options: Mapping[str, Any] | None = None) -> Files:
+    """As `open_files`, for what is to be read.
+
+    Raises
+    ------
+    InvalidTypeError, InvalidArgumentError
+        As `open_files`; or a local folder does not exist.
+    """
+    files = open_files(url, storage_options)
+    if isinstance(files, LocalFiles) and not Path(files.url).is_dir():
+        raise InvalidArgumentError(f"the folder {files.url} does not exist: check the path")
+    return files
+
+
 def map_files(function: Callable[[Item], Result], items: Iterable[Item], *, local: bool) -> Iterator[Result]:
     """``map`` on threads, in order, with a bounded number of results waiting. `function` must not call `map_files` itself."""
     pool, window = _pool(os.getpid(), local), LOCAL_WINDOW if local else REMOTE_WINDOW

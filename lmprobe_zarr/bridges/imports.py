@@ -11,7 +11,7 @@ from typing import Any
 
 from lmprobe_zarr.bridges import arrays, lmprobe_dataset, lmprobe_v1, lmprobe_v2, vllm_files
 from lmprobe_zarr.bridges.entry import Skipped, Source
-from lmprobe_zarr.bridges.files import open_files
+from lmprobe_zarr.bridges.files import open_source
 from lmprobe_zarr.bridges.import_plan import ImportOptions, prompt_list, run_import, write_columns
 from lmprobe_zarr.bridges.lmprobe_cache import known_name
 from lmprobe_zarr.bridges.lmprobe_folders import model_hash, scan_models
@@ -100,7 +100,7 @@ def import_safetensors(
     padding: it is computed again from the raw layers, or left out if they are missing. A prompt of unknown text has no text in the
     store and is found by its hash; its digest is the hash and 48 zeros.
     """
-    files = open_files(cache_dir, storage_options)
+    files = open_source(cache_dir, storage_options)
     wanted = None if prompts is None else prompt_list(prompts)
     tally = Tally()
     names = [] if model is None else [known_name(files, model)]
@@ -121,6 +121,11 @@ def import_safetensors(
         group=None if as_model is None else group_as_extracted(as_model, provenance or {}),
     )  # fmt: skip
     return run_import(sources, store, files.url, tally, options)
+
+
+def list_models(cache_dir: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> list[str]:
+    """The models of an lmprobe cache whose names are recorded, sorted."""
+    return sorted(found.model for found in scan_models(open_source(cache_dir, storage_options)) if not isinstance(found, Skipped))
 
 
 def _names_of(as_model: Model, names: Sequence[str]) -> list[str]:
@@ -178,7 +183,7 @@ def import_pt(
     -----
     A file that holds anything but a tensor, such as a pickle that would run code, is not loaded; the rest is imported.
     """
-    files = open_files(cache_dir, storage_options)
+    files = open_source(cache_dir, storage_options)
     wanted = None if prompts is None else prompt_list(prompts)
     name = known_name(files, model)
     if not files.list(model_hash(name)):
@@ -250,7 +255,7 @@ def import_vllm(
     given = [folder] if isinstance(folder, str | os.PathLike) or not isinstance(folder, Sequence) else folder
     if not given:
         raise InvalidArgumentError("folder=[] names no folder: give the folder of the files, or a list of them")
-    files = [open_files(each, storage_options) for each in given]
+    files = [open_source(each, storage_options) for each in given]
     source = vllm_files.VllmFiles(files, layers, layer_ids=layer_ids, prompts=prompts, n_prompt=n_prompt)
     before = provenance or {}
     options = ImportOptions(
@@ -313,7 +318,7 @@ def import_lmprobe_dataset(
     Columns of lists, such as texts of tokens, are left out. A column that the store holds with other values for the same prompts is
     given those of the dataset.
     """
-    files = open_files(dataset, storage_options)
+    files = open_source(dataset, storage_options)
     source = lmprobe_dataset.LmprobeDataset(files, None if prompts is None else prompt_list(prompts))
     known = {} if source.revision is None or as_model is not None else {"revision": source.revision}
     options = ImportOptions(
@@ -362,7 +367,7 @@ def import_npy(
         What was imported, what was stored already, and what was skipped and why.
     """
     source = arrays.npy_layers(
-        open_files(folder, storage_options), prompts, variable=variable, name=name, offsets=offsets, dtype=dtype, hidden_size=hidden_size
+        open_source(folder, storage_options), prompts, variable=variable, name=name, offsets=offsets, dtype=dtype, hidden_size=hidden_size
     )
     options = ImportOptions(dry_run=dry_run, strict=strict, provenance=provenance or {}, progress=progress, part_bytes=part_bytes)
     return run_import([(os.fspath(model), source)], store, source.url, Tally(), options)
@@ -401,7 +406,7 @@ def import_tensors(
         What was imported, what was stored already, and what was skipped and why.
     """
     folder, _, key = os.fspath(path).rpartition("/")
-    source = arrays.tensor_file(open_files(folder or ".", storage_options), key, prompts, mapping, offsets=offsets, mask=mask)
+    source = arrays.tensor_file(open_source(folder or ".", storage_options), key, prompts, mapping, offsets=offsets, mask=mask)
     options = ImportOptions(dry_run=dry_run, strict=strict, provenance=provenance or {}, progress=progress, part_bytes=part_bytes)
     return run_import([(os.fspath(model), source)], store, source.url, Tally(), options)
 

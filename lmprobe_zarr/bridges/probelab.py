@@ -20,7 +20,7 @@ import numpy as np
 
 from lmprobe_zarr.batch import given_prompts, prompt_sha256, split_variable
 from lmprobe_zarr.bridges.entry import Entry, Held, Skipped
-from lmprobe_zarr.bridges.files import Files, open_files
+from lmprobe_zarr.bridges.files import Files, open_source
 from lmprobe_zarr.bridges.lmprobe_folders import NO_TOKENS
 from lmprobe_zarr.bridges.raw_arrays import RawArray, open_file_array, read_json
 from lmprobe_zarr.bridges.row_source import RowSource
@@ -173,7 +173,7 @@ def open_probelab(
         raise InvalidArgumentError(f"{path} is an HDF5 file elsewhere: copy it to this machine, as h5py reads it")
     if local.is_file():
         return _open_hdf5(local, prompts, variable, layers)
-    return _open_memmap(open_files(path, storage_options), prompts, variable, layers)
+    return _open_memmap(open_source(path, storage_options), prompts, variable, layers)
 
 
 def _open_memmap(files: Files, prompts: Sequence[Prompt] | None, variable: str | None, layers: Sequence[int] | None) -> ProbelabActivations:

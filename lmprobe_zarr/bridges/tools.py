@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from lmprobe_zarr.bridges.activault import ActivaultRun
 from lmprobe_zarr.bridges.entry import Entry
-from lmprobe_zarr.bridges.files import open_files
+from lmprobe_zarr.bridges.files import open_source
 from lmprobe_zarr.bridges.hallulens import HallulensCapture, HallulensZarr, open_hallulens
 from lmprobe_zarr.bridges.import_plan import ImportOptions, run_import, write_columns
 from lmprobe_zarr.bridges.probelab import open_probelab
@@ -70,10 +70,10 @@ def open_tool(
     found: str | None = None
     source: RowSource
     if name == "activault":
-        source = run = ActivaultRun(open_files(path, storage_options), options.get("mapping"))
+        source = run = ActivaultRun(open_source(path, storage_options), options.get("mapping"))
         found = run.model
     elif name == "hallulens":
-        source = capture = open_hallulens(open_files(path, storage_options), model=given, responses=options.get("responses", True))
+        source = capture = open_hallulens(open_source(path, storage_options), model=given, responses=options.get("responses", True))
         found = capture.model
     elif name == "probelab":
         source = open_probelab(path, prompts=options.get("prompts"), storage_options=storage_options, **_without(options, "prompts"))

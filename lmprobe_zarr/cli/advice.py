@@ -34,6 +34,7 @@ _ADVICE: Final[tuple[tuple[str, str | None, str], ...]] = (
     (r"give its folder, \{'sentence_embedding': '([^']*)'\}", None, r"give its folder, sentence_embedding=\1"),
     (r", or give them as \{'perplexity': values\}", None, ""),
     (r"such as 100, or None for once", None, "such as 100, or none for once"),
+    (r"there is no coordinate (?=')", None, "there is no column "),
     (r" \(np\.digitize makes bins\)", None, ""),
     (r", or device_map='auto'| device_map='auto',", None, ""),
     (r", or name a module, sites=\{'(\w+)': '([\w.:]+)'\}", None, r", or name a module, such as \1=\2"),
@@ -53,7 +54,7 @@ _ADVICE: Final[tuple[tuple[str, str | None, str], ...]] = (
 )
 #: Arguments whose option has another name. A value that an option stands for by itself is named with it.
 _RENAMED: Final[Mapping[str, str]] = {
-    "licence": "--license", "n": "--samples", "settings": "--generation-settings", "provenance='any'": "--any-provenance",
+    "n": "--samples", "settings": "--generation-settings", "provenance='any'": "--any-provenance",
     "add_special_tokens=False": "--no-special-tokens", "text=False": "--no-text", "store_text=False": "--no-text",
     "page=False": "--no-page", "shards=False": "--no-shards", "upgrade=True": "--all",
 }  # fmt: skip

@@ -52,6 +52,12 @@ _ANONYMOUS: Final[dict[str, dict[str, Any]]] = {
 }
 
 
+#: What is meant by commands of other programs.
+_MEANT: Final = dict.fromkeys(("ls", "list"), "info, which lists what a store holds, or show --list, which lists its prompts") | {
+    "rm": "delete for prompts, drop for variables, or clear for all", "cp": "copy", "help": "--help",
+}  # fmt: skip
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors name the nearest command, option or choice."""
 
@@ -68,6 +74,8 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
+            if isinstance(action, argparse._SubParsersAction) and value in _MEANT:
+                raise argparse.ArgumentError(action, f"{value!r} is no command: did you mean {_MEANT[value]}?")
             near = _nearest(str(value), choices) or f"choose from {', '.join(choices)}"
             raise argparse.ArgumentError(action, f"{value!r} is none of its choices: {near.removeprefix(': ')}")
 
@@ -102,7 +110,8 @@ def set_storage_options(options: argparse.Namespace) -> None:
     anonymous = getattr(options, "anon", False)
     if given is None and not anonymous:
         return
-    places = [value for name in ("store", "url", "target", "source") if isinstance(value := getattr(options, name, None), str)]
+    named = [getattr(options, name, None) for name in ("store", "url", "target", "source")]
+    places = [value for value in (*named, *getattr(options, "places", ())) if isinstance(value, str)]
     protocols = sorted({place.partition("://")[0].lower() for place in places if "://" in place} - {"file", "local", "memory"})
     if not protocols:
         raise InvalidArgumentError("--anon and --storage-options are for remote places such as s3://bucket/acts, and none is named")

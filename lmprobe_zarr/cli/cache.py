@@ -105,13 +105,13 @@ def _clear(options: argparse.Namespace) -> None:
         print_json({"reads_bytes": freed}) if options.json else print(f"{freed} bytes of what was read of remote stores deleted")
         return
     info = cache_info(options.model, store=options.store)
+    if info.models and options.store is not None:
+        open_store(options.store).check_writable()
     if not options.json:
         print(info)
     held = bool(info.models or (options.legacy and info.legacy))
     said = f"All of {options.model or 'this'} would be deleted{_columns_of(info)}."
     if options.dry_run:
-        if options.store is not None:
-            open_store(options.store).check_writable()
         legacy = [_model(model) for model in info.legacy] if options.legacy else []
         document = {"models": [_model(model) for model in info.models], "legacy": legacy, "dry_run": True}
         print_json(document) if options.json else print(said if held else "Nothing would be deleted.")

@@ -18,6 +18,7 @@ from lmprobe_zarr.bridges import (
     import_pt,
     import_saelens,
     import_safetensors,
+    list_models,
 )
 from lmprobe_zarr.cli.arguments import add_choice, add_command, add_prompts, parse_layers, prompts_of, split_names
 from lmprobe_zarr.cli.printing import as_json, print_json, print_text
@@ -36,11 +37,12 @@ def add_import(commands: Any) -> None:
         commands, "import", _import, "import lmprobe's cache or dataset, or another tool's files, into a store; they are only read"
     )
     cache = config.default_name().removesuffix("/.zarr").replace("%", "%%")
+    command.add_argument("places", nargs="*", metavar="CACHE STORE", help="short for --from CACHE --to STORE")
     command.add_argument("--from", dest="source", metavar="CACHE", help=f"folder or URL of the cache, dataset or files (default: {cache})")
     command.add_argument("--to", dest="store", metavar="STORE", help="folder or URL of the store (default: the cache's own)")
     which = command.add_mutually_exclusive_group()
     which.add_argument("--model", help="only this model, as it was given to lmprobe; with --tool its name, if the files do not say it")
-    which.add_argument("--all", action="store_true", help="every model of the cache")
+    which.add_argument("--all", action="store_true", help="every model of the cache; needed if it holds several and none is named")
     which.add_argument("--dataset", action="store_true", help="--from is a dataset that lmprobe shared, such as hf://datasets/org/name")
     command.add_argument("--tool", choices=sorted(TOOLS), help="--from was written by this tool")
     command.add_argument("--tool-options", metavar="JSON", help="with --tool: arguments of its import that the files do not say, as JSON")
@@ -53,6 +55,7 @@ def add_import(commands: Any) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
+    _take_places(options, "source", "store")
     source = options.source if options.source is not None else str(config.cache_dir())
     if options.compute_dtype is not None and options.as_model is None:
         raise InvalidArgumentError("--compute-dtype is part of what --as-model says: give both")
@@ -66,8 +69,6 @@ def _import(options: argparse.Namespace) -> None:
         summary = _import_tool(options, rest)
     elif options.tool_options is not None:
         raise InvalidArgumentError("--tool-options needs --tool, the tool that wrote the files")
-    elif options.model is None and not (options.all or options.dataset):
-        raise InvalidArgumentError("nothing says what to import: give --model or --all of a cache, --dataset, or --tool")
     elif options.dataset:
         if options.source is None or options.v1:
             raise InvalidArgumentError("--dataset needs --from, the folder or URL of the dataset, and not --v1")
@@ -75,8 +76,20 @@ def _import(options: argparse.Namespace) -> None:
     elif options.v1:
         summary = import_pt(source, options.store, model=options.model, **rest)
     else:
+        if options.model is None and not options.all and len(names := list_models(source)) > 1:
+            raise InvalidArgumentError(f"{source} holds {', '.join(map(repr, names))}: choose one with --model, or all with --all")
         summary = import_safetensors(source, options.store, model=options.model, **rest)
     print_json(as_json(summary)) if options.json else print_text(summary, options)
+
+
+def _take_places(options: argparse.Namespace, source: str, target: str) -> None:
+    """Enter places that were given without ``--from`` and ``--to`` as if they had been."""
+    if len(options.places) > 2:
+        raise InvalidArgumentError(f"{len(options.places)} places were given: give one to read from and one to write to")
+    for place, name, option in zip(options.places, (source, target), ("--from", "--to"), strict=False):
+        if getattr(options, name) is not None:
+            raise InvalidArgumentError(f"{place!r} and {option} {getattr(options, name)!r} both say that place: give one of them")
+        setattr(options, name, place)
 
 
 def _import_tool(options: argparse.Namespace, rest: dict[str, Any]) -> ImportSummary:
@@ -106,8 +119,9 @@ def _import_tool(options: argparse.Namespace, rest: dict[str, Any]) -> ImportSum
 
 def add_export(commands: Any) -> None:
     command = add_command(commands, "export", _export, "write a store's activations as a cache that lmprobe uses as its own")
+    command.add_argument("places", nargs="*", metavar="STORE CACHE", help="short for --from STORE --to CACHE")
     command.add_argument("--from", dest="store", metavar="STORE", help="folder or URL of the store (default: the cache's own)")
-    command.add_argument("--to", dest="target", metavar="CACHE", required=True, help="folder or URL of the cache to write into")
+    command.add_argument("--to", dest="target", metavar="CACHE", help="folder or URL of the cache to write into")
     add_choice(command)
     command.add_argument("--layers", default="all", help="all, middle, last, numbers (0,4,-1) or a slice (8:24) (default: %(default)s)")
     command.add_argument("--variables", help="only these, separated by commas (default: all that lmprobe's format has a name for)")
@@ -117,6 +131,9 @@ def add_export(commands: Any) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    _take_places(options, "store", "target")
+    if options.target is None:
+        raise InvalidArgumentError("nothing says where to write: give the folder or URL of the cache with --to")
     store = open_to_read(options.store)
     models = store.models()
     model = options.model or (models[0] if len(models) == 1 else None)

@@ -9,7 +9,8 @@ from lmprobe_zarr.batch import BUILT_IN_SITES, LOGITS_POSITIONS, POOLINGS, Gener
 from lmprobe_zarr.cli.arguments import add_command, add_store, parse_layers, parse_object, split_names
 from lmprobe_zarr.cli.printing import as_json, print_json, print_text
 from lmprobe_zarr.cli.prompt_files import FORMATS, read_prompts
-from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.display import nearest
+from lmprobe_zarr.errors import InvalidArgumentError, ModelNotFoundError
 from lmprobe_zarr.extraction import ENGINES, WEIGHTS, extract, plan_extract
 from lmprobe_zarr.store import open_store
 from lmprobe_zarr.tasks import own_client
@@ -111,6 +112,14 @@ def _extract(options: argparse.Namespace) -> None:
         "engine": options.engine,
         "engine_options": parse_object(options.engine_options, "--engine-options"),
     }
+    try:
+        _run(options, prompts, columns, request)
+    except ModelNotFoundError as error:
+        near = nearest(options.model, store.models()).strip(" ()?")
+        raise ModelNotFoundError(f"{error}; {near}, which {store.url} holds?" if near else str(error)) from error
+
+
+def _run(options: argparse.Namespace, prompts: list[Any], columns: dict[str, list[Any]], request: dict[str, Any]) -> None:
     if options.dry_run:
         plan = plan_extract(options.model, prompts, **request)
         print_json(as_json(plan) | {"missing": plan.missing, "fits": plan.fits}) if options.json else print_text(plan, options)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lmprobe_zarr.batch import has_utf8
+from lmprobe_zarr.display import nearest
 from lmprobe_zarr.errors import InvalidArgumentError
 
 __all__ = ["FORMATS", "read_prompts"]
@@ -70,13 +71,14 @@ def read_prompts(
             if name not in record:
                 there = ", ".join(map(repr, sorted(record))) or "none"
                 hint = "; --text-column names the column of the prompts" if name == text_column else ""
-                raise InvalidArgumentError(f"{source} line {number} has no {name!r}: its columns are {there}{hint}")
+                near = nearest(name, record)
+                raise InvalidArgumentError(f"{source} line {number} has no {name!r}{near}: its columns are {there}{hint}")
             if record[name] is None and name == text_column:
                 raise InvalidArgumentError(f"{source} line {number}: {name!r} is null: give a value, or leave the line out")
             if isinstance(record[name], str) and not has_utf8(record[name]):
                 raise InvalidArgumentError(
                     f"{source} line {number}: {name!r} is {record[name][:40]!a}, which has a lone surrogate that no UTF-8 can "
-                    'hold: mend it, text.encode("utf-8", "replace").decode(), or leave the line out'
+                    "hold: mend the text, or leave the line out"
                 )
         table[name] = [record[name] for _, record in records]
     prompts = table[text_column]

@@ -87,9 +87,7 @@ def _document(contents: GroupContents) -> dict[str, Any]:
         "num_layers": contents.group.num_layers,
         "hidden_size": contents.group.hidden_size,
         "variables": {variable.name: variable.dtype for variable in contents.variables},
-        "columns": [
-            column.name for column in contents.columns if column.level == "prompts" and column.name not in ("prompt", "prompt_sha256")
-        ],
+        "columns": [column.name for column in contents.columns if column.level == "prompts" and column.name in contents.own_columns],
         "stored": {
             variable.name: {"level": variable.level, "codecs": variable.codecs, "values": variable.raw_nbytes, "nbytes": variable.nbytes}
             for variable in contents.variables
@@ -107,7 +105,8 @@ def add_show(commands: Any) -> None:
     add_choice(command)
     command.add_argument("--level", choices=LEVELS, default="prompts", help="one row per prompt, or per token (default: %(default)s)")
     command.add_argument("--prompt", action="append", help="only this prompt, by text or hash; may be repeated")
-    command.add_argument("--list", type=int, metavar="N", help="instead, list the first N prompts (or tokens) with their columns")
+    listed = "instead, list the first N prompts (or tokens) with their columns (default: %(const)s)"
+    command.add_argument("--list", type=int, nargs="?", const=10, metavar="N", help=listed)
 
 
 def _show(options: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ import xarray as xr
 
 from lmprobe_zarr.cli.arguments import add_choice, add_command, add_store, parse_layers, split_names
 from lmprobe_zarr.cli.printing import print_json, print_text
-from lmprobe_zarr.display import shorten, visible
+from lmprobe_zarr.display import nearest, shorten, visible
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.interchange import read_list
 from lmprobe_zarr.probes.controls import BAGS_OF_TOKENS
@@ -166,8 +166,9 @@ def _chosen(options: argparse.Namespace) -> tuple[xr.Dataset, str, dict[str, Any
     names = list(map(str, data.data_vars))
     variable = options.variable or (names[0] if len(names) == 1 else "resid_last_token")
     if variable not in names:
+        near = nearest(variable, names)
         raise InvalidArgumentError(
-            f"{variable!r} is not stored per prompt: stored are {', '.join(names) or 'no variables'}; choose with --variable"
+            f"{variable!r} is not stored per prompt{near}: stored are {', '.join(names) or 'no variables'}; choose with --variable"
         )
     bags = [name for name in BAGS_OF_TOKENS if name in controls]
     if bags:

@@ -146,7 +146,8 @@ def add_publish(commands: Any) -> None:
     command.add_argument("--overwrite", action="store_true", help="replace an earlier published copy")
     command.add_argument("--no-page", action="store_true", help="write no index.html, the page for browsers")
     command.add_argument("--scores", metavar="PLACE", help="draw these scores on the page: what sweep --out wrote, or .zarr or .nc")
-    command.add_argument("--license", help="for the card, by its name on the Hugging Face Hub, such as cc-by-4.0")
+    licence = "for the card, by its name on the Hugging Face Hub, such as cc-by-4.0"
+    command.add_argument("--licence", "--license", dest="licence", help=licence)
     command.add_argument("--private", action="store_true", help="make the repository on the Hugging Face Hub a private one")
     _add_no_shards(command)
 
@@ -160,7 +161,7 @@ def _publish(options: argparse.Namespace) -> None:
         layers=None if options.layers is None else parse_layers(options.layers),
         text=not options.no_text,
         overwrite=options.overwrite,
-        licence=options.license,
+        licence=options.licence,
         private=options.private or None,
         page=not options.no_page,
         scores=None if options.scores is None else open_scores(options.scores),
@@ -168,7 +169,7 @@ def _publish(options: argparse.Namespace) -> None:
         progress=not options.json,
     )
     if options.json:
-        numbers = {name: getattr(summary, name) for name in ("groups", "parts", "prompts", "nbytes")}
+        numbers = {name: getattr(summary, name) for name in ("groups", "parts", "annotations", "prompts", "nbytes")}
         print_json({"url": summary.url, **numbers})
     else:
         print_text(summary, options)

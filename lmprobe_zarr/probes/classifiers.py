@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lmprobe_zarr.display import nearest
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.probes.ridge import fit_probe, is_ridge
 from lmprobe_zarr.probes.sequences import is_sequence_probe
@@ -284,7 +285,8 @@ def make_probe(
                 "fit_tokens or Probe"
             )
         if probe not in _NAMED:
-            raise InvalidArgumentError(f"there is no probe named {probe!r}: use one of {names}, or a scikit-learn estimator")
+            near = nearest(probe, _NAMED)
+            raise InvalidArgumentError(f"there is no probe named {probe!r}{near}: use one of {names}, or a scikit-learn estimator")
         named = _NAMED[probe]
         if named.task != task:
             raise InvalidArgumentError(f"{probe!r} is for {named.task}, not for {task}: use one of {names}, or a scikit-learn estimator")

@@ -18,6 +18,7 @@ from typing import Any, Final
 import numpy as np
 import xarray as xr
 
+from lmprobe_zarr.display import nearest
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
 from lmprobe_zarr.probes.bags import BAGS, BAGS_OF_TOKENS, make_bag, read_token_ids
 from lmprobe_zarr.probes.classifiers import draws_at_random, has_strength, make_probe
@@ -179,9 +180,9 @@ def parse_controls(controls: Any) -> dict[str, Any]:
         if not isinstance(name, str):
             raise InvalidTypeError(f"controls={controls!r:.60} are no names: give some of {', '.join(CONTROLS)}, or {{name: features}}")
         if features is None and name not in CONTROLS and name not in BAGS_OF_TOKENS and name not in OF_MODELS:
+            known = (*CONTROLS, *BAGS_OF_TOKENS, *OF_MODELS)
             raise InvalidArgumentError(
-                f"there is no control {name!r}: use some of {', '.join((*CONTROLS, *BAGS_OF_TOKENS, *OF_MODELS))}, or give its features as "
-                f"{{name: …}}"
+                f"there is no control {name!r}{nearest(name, known)}: use some of {', '.join(known)}, or give its features as {{name: …}}"
             )
         if name == "shuffled_labels":
             check_shuffles(features)

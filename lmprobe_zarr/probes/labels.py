@@ -16,6 +16,7 @@ import pandas as pd
 import xarray as xr
 
 from lmprobe_zarr.batch import prompt_hash
+from lmprobe_zarr.display import nearest
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
 from lmprobe_zarr.probes.identity import by_prompt, is_missing, list_prompts, show_prompts
 from lmprobe_zarr.tokens import check_listed
@@ -329,7 +330,8 @@ def align_labels(array: Any, given: Any, noun: str = "label") -> Any:
         return _matched(array, given, noun)
     if isinstance(given, str):
         if given not in array.coords or array.coords[given].dims != (rows,):
-            raise LabelError(f"there is no coordinate {given!r} along {rows!r}: name one, or give the {noun}s themselves")
+            near = nearest(given, [name for name, column in array.coords.items() if column.dims == (rows,)])
+            raise LabelError(f"there is no coordinate {given!r} along {rows!r}{near}: name one, or give the {noun}s themselves")
         return array.coords[given].values
     by_name = array.dims.count("prompt") == 1 and ("prompt" in array.coords or "text" in array.coords)
     if isinstance(given, xr.DataArray) and keyed and by_name and list_prompts(given) == list_prompts(array):
@@ -377,7 +379,7 @@ def _coordinate(array: xr.DataArray, name: str, noun: str) -> xr.DataArray:
     )
     listed = f"those per prompt are {', '.join(columns) or 'none'}"
     if name not in array.coords:
-        raise LabelError(f"there is no coordinate {name!r}: {listed}; or give the {noun}s themselves")
+        raise LabelError(f"there is no coordinate {name!r}{nearest(name, columns)}: {listed}; or give the {noun}s themselves")
     column = cast("xr.DataArray", array.coords[name])
     if column.dims != ("prompt",):
         raise LabelError(f"coordinate {name!r} has dims {column.dims}, expected ('prompt',): {listed}")

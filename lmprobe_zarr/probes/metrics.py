@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from lmprobe_zarr.display import nearest
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.typing import Array, Estimator, Floats, is_listed
 
@@ -351,7 +352,9 @@ def _parse_metric(name: str, task: str, n_classes: int) -> Metric:
         return Metric(name, task, "scores", f"recall at a false-positive rate of at most {rate:g}",
                       partial(_ranked, of=partial(_recall_at_fpr_of, rate=rate)))  # fmt: skip
     if name not in _METRICS and at is None:
-        raise InvalidArgumentError(f"there is no metric {name!r}: use some of {', '.join(named_metrics(task))}")
+        raise InvalidArgumentError(
+            f"there is no metric {name!r}{nearest(name, named_metrics(task))}: use some of {', '.join(named_metrics(task))}"
+        )
     if at is not None or _METRICS[name].task != task:
         raise InvalidArgumentError(f"metric {name!r} is not for {task}: use some of {', '.join(named_metrics(task))}")
     return _METRICS[name]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
+from lmprobe_zarr.display import nearest
 from lmprobe_zarr.errors import AmbiguousProvenanceError, InvalidTypeError, ModelNotStoredError
 from lmprobe_zarr.store.format import ABSENT_FIELDS, PROCESS_FIELDS, GroupInfo, Provenance, describe_field
 from lmprobe_zarr.store.named import Model, NamedModel
@@ -142,9 +143,11 @@ def _not_stored(catalogs: Sequence[Catalog], model: Model | None, provenance: Gi
                 f"the model in {str(named.folder)!r} is not in {where}: what it holds as {named.name!r} has other weights, or does not "
                 f"record them\nif it is the same model, name it by model={named.name!r}, or by group= one of {names}"
             )
-    stored = _shortened_names(stored_models(catalogs) if group is None else groups_of(catalogs)) or "nothing yet"
+    there = stored_models(catalogs) if group is None else [*groups_of(catalogs)]
+    stored = _shortened_names(there) or "nothing yet"
+    near = nearest(group if group is not None else "" if model is None else NamedModel(model).given, there)
     shown = f"group {group!r}" if group is not None else "model None" if model is None else f"model {NamedModel(model).given!r}"
-    return ModelNotStoredError(f"{shown} is not in {where}, which holds {stored}: check the name, or extract it first")
+    return ModelNotStoredError(f"{shown} is not in {where}{near}, which holds {stored}: check the name, or extract it first")
 
 
 def ambiguous(found: Sequence[GroupInfo], where: str) -> AmbiguousProvenanceError:

@@ -142,7 +142,7 @@ class GroupContents:
             "layers": self.described_layers,
             "hidden": str(self.group.hidden_size or "unknown"),
             "variables": ", ".join(f"{variable.name} ({variable.dtype})" for variable in self.variables) or "none",
-            "columns": ", ".join(column.name for column in self.columns if column.name not in ("prompt", "prompt_sha256")) or "none",
+            "columns": ", ".join(dict.fromkeys(self.own_columns)) or "none",
             "size": format_bytes(self.nbytes),
             **({"modules": self.found} if self.found else {}),
             "provenance": ", ".join(f"{name}={value}" for name, value in known.items()) or "unknown",

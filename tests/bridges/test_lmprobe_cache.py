@@ -290,6 +290,36 @@ def test_import_and_export_on_the_command_line(tmp_path: Path, capsys: pytest.Ca
         assert err.count("\n") <= 2
 
 
+def test_places_are_named_by_options_or_by_their_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, store, out = str(DATA / "lmprobe-0.10.3"), str(tmp_path / "s"), str(tmp_path / "out")
+    assert call_json(capsys, "import", source, store)["imported"] == 4  # the only model of the cache
+    assert lz.open_store(store).models() == [TOY]
+    assert call_json(capsys, "export", store, out)["prompts"] == 4
+    for arguments, message in (
+        (["import", source, "--from", source], "both say that place: give one of them"),
+        (["import", source, store, out], "3 places were given: give one to read from and one to write to"),
+        (["export", store], "give the folder or URL of the cache with --to"),
+        (["import", str(tmp_path / "nowhere"), store], f"the folder {tmp_path / 'nowhere'} does not exist: check the path"),
+        *(
+            (["import", str(tmp_path / "nowhere"), store, *options], "does not exist: check the path")
+            for options in (["--all"], ["--model", "m"], ["--model", "m", "--v1"], ["--dataset"], ["--tool", "activault"])
+        ),
+    ):
+        code, _, err = call(capsys, *arguments)
+        assert (code, message in err) == (1, True), err
+
+
+def test_of_several_models_one_is_to_be_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one", "two"):
+        folder = tmp_path / "cache" / hashlib.sha256(name.encode()).hexdigest()[:16]
+        folder.mkdir(parents=True)
+        (folder / "_model_name.txt").write_text(name)
+    code, _, err = call(capsys, "import", str(tmp_path / "cache"), str(tmp_path / "s"))
+    assert code == 1
+    assert err.endswith("holds 'one', 'two': choose one with --model, or all with --all\n")
+    assert call(capsys, "import", str(tmp_path / "cache"), str(tmp_path / "s"), "--all", "--dry-run")[0] == 0
+
+
 @pytest.mark.few(1)
 @torch_only
 def test_extract_says_that_lmprobes_entries_hold_the_prompts(

@@ -141,7 +141,7 @@ OF_PYTHON = re.compile(
         ("delete {copy} {prompts} --yes", "is a published copy, which never changes"),
         ("delete {copy} {prompts} --dry-run", "is a published copy, which never changes"),
         ("annotate {copy} {table} --columns new", "is a published copy, which never changes"),
-        ("sweep {store} --labels lable", "there is no coordinate 'lable'"),
+        ("sweep {store} --labels lable", "there is no column 'lable'"),
         ("sweep {store} {drop} --labels label --groups lable", "lable"),
         ("sweep {store} {drop} --labels label --split lable", "lable"),
         ("sweep {store} --controls bag_of_wrods", "there is no control 'bag_of_wrods'"),
@@ -192,6 +192,42 @@ def test_no_command_advises_what_only_python_can_do(
         assert code == 1, err
     shown = err.replace("sentence_embedding=", "").replace("shuffled_labels=", "")
     assert not OF_PYTHON.search(shown), shown
+
+
+@pytest.mark.parametrize(
+    ("command", "near"),
+    [
+        ("sweep {store} --labels lable", "'label'"),
+        ("sweep {store} --missing drop --layers 0 --groups szie", "'size'"),
+        ("sweep {store} --missing drop --layers 0 --probes rigde", "'ridge'"),
+        ("sweep {store} --missing drop --layers 0 --metrics acuracy", "'accuracy'"),
+        ("sweep {store} --controls bag_of_wrods", "'bag_of_words'"),
+        ("sweep {store} --variable resid_maen", "'resid_mean'"),
+        ("drop {store} resid_maen --yes", "'resid_mean'"),
+        ("export {store} {tmp}/c --variables resid_maen", "'resid_mean'"),
+        ("show {store} --model M", None),
+        ("annotate {store} {table} --columns lable", "'label'"),
+        ("extract gpt2 {table} --coords lable --store {tmp}/n", "'label'"),
+        ("extract gpt2 {table} --text-column txt --store {tmp}/n", "'text'"),
+        ("extract gpt2 {table} --pooling last_tokne --store {tmp}/n", "'last_token'"),
+        ("extract {tmp}/tiny-gtp2 {table} --store {tmp}/n", "'{tmp}/tiny-gpt2'"),
+        ("show {named} --model my-modle", "'my-model'"),
+        ("extract my-modle {table} --store {named}", "'my-model', which"),
+    ],
+)
+def test_a_mistyped_name_is_answered_by_the_nearest(
+    stored: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, near: str | None
+) -> None:
+    (tmp_path / "t.csv").write_text("text,label\na,1\n")
+    (tmp_path / "tiny-gpt2").mkdir()
+    (tmp_path / "tiny-gpt2" / "config.json").write_text("{}")
+    named = lz.open_store(tmp_path / "named")
+    lz.write_activations(named, model="my-model", prompts=["a"], pooled={"resid_mean": {0: np.zeros((1, 2), "float32")}})
+    places = {"store": stored, "tmp": tmp_path, "table": tmp_path / "t.csv", "named": named.url}
+    code, _, err = call(capsys, *shlex.split(command.format(**places)))
+    assert code == 1
+    assert ("did you mean" in err) == (near is not None)
+    assert near is None or f"did you mean {near.format(**places)}" in err
 
 
 def _messages() -> Iterator[str]:

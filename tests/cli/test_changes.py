@@ -171,10 +171,10 @@ def test_sweep_solves_in_bulk_and_tries_strengths(stored: str, capsys: pytest.Ca
     assert plain == batched
     assert [row["strength"] for row in plain["scores"]] == [0.1, 10.0] * 3, "three layers with two strengths"
     _, out, _ = call(capsys, "sweep", stored, *options)
-    assert [line.split()[:3] for line in out.splitlines()[1:3]] == [["0", "ridge", "0.1"], ["0", "ridge", "10"]]
+    assert [line.split()[:3] for line in out.splitlines()[2:4]] == [["0", "ridge", "0.1"], ["0", "ridge", "10"]]
     code, _, err = call(capsys, "sweep", stored, *options, "--solver", "batched", "--device", "cuda:99")
     assert code == 1
-    assert "device='cuda:99' cannot be used here" in err
+    assert "--device cuda:99 cannot be used here" in err
     code, _, err = call(capsys, "sweep", stored, "--strengths", "weak")
     assert code == 1
     assert "--strengths 'weak' is no list of numbers" in err

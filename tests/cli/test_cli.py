@@ -171,6 +171,34 @@ def test_show_prints_the_view_or_its_prompts(stored: str, capsys: pytest.Capture
     assert [row["position"] for row in document["rows"]] == [0, 1, 2]
 
 
+def test_info_lists_the_columns_that_were_given(stored: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call_json(capsys, "info", stored)["groups"][0]["columns"] == ["label", "pair"]
+    _, out, _ = call(capsys, "info", stored)
+    (line,) = (line for line in out.splitlines() if line.startswith("  columns"))
+    assert line.split() == ["columns", "label,", "pair"]
+
+
+def test_show_lists_ten_prompts_where_no_number_is_given(stored: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "show", stored, "--list")
+    assert (code, len(out.splitlines())) == (0, 1 + 10)
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("ls", "did you mean info, which lists what a store holds, or show --list, which lists its prompts?"),
+        ("list", "or show --list, which lists its prompts?"),
+        ("rm", "did you mean delete for prompts"),
+        ("swep", "did you mean sweep?"),
+    ],
+)
+def test_a_word_of_another_program_is_answered_by_the_command(word: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main([word])
+    assert error.value.code == 2
+    assert says in capsys.readouterr().err
+
+
 def test_sweep_prints_a_table_and_draws(stored: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     picture = tmp_path / "scores.png"
     code, out, err = call(

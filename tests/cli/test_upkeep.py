@@ -21,6 +21,27 @@ def place(tmp_path: Path) -> str:
     return store.url
 
 
+def test_publish_counts_parts_and_annotations_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = lz.open_store(tmp_path / "s")
+    for name in ("one", "two"):
+        store.write(GROUP, make_batch([f"{name} prompt"]))
+    hashes = store.dataset().prompt.values.tolist()
+    store.annotate(None, {"label": dict.fromkeys(hashes, 1)})
+    store.annotate(None, {"tone": {hashes[0]: "calm"}})
+    said = call_json(capsys, "publish", store.url, str(tmp_path / "copy"))
+    view = lz.open_store(tmp_path / "copy").view(GROUP)
+    assert (said["prompts"], said["parts"], said["annotations"]) == (2, len(view.parts), len(view.annotations))
+    assert len(view.annotations) == 2
+    code, out, _ = call(capsys, "publish", store.url, str(tmp_path / "copy"), "--overwrite", "--licence", "mit")
+    assert code == 0
+    assert out.startswith(f"{tmp_path / 'copy'}: 2 prompts in {'1 part' if said['parts'] == 1 else '2 parts'}, 2 annotations, ")
+    card = (tmp_path / "copy" / "README.md").read_text()
+    assert "License: mit" in card
+    assert str(tmp_path) not in card
+    assert 'lz.open_store("…")' in card.replace("'", '"')
+    assert "… is the place of this folder" in card
+
+
 def test_compact_prints_its_plan_and_result(place: str, capsys: pytest.CaptureFixture[str]) -> None:
     planned = call_json(capsys, "compact", place, "--dry-run")
     assert (planned["parts"], planned["parts_after"], planned["dry_run"]) == (3, 1, True)

@@ -33,7 +33,7 @@ def test_verify_reports_problems_and_exits_with_1(place: Path, capsys: pytest.Ca
     chunk(place).write_bytes(data)
     assert call(capsys, "verify", str(place), "--fast")[0] == 0
     code, out, _ = call(capsys, "verify", str(place))
-    assert (code, str(chunk(place)) in out, "repair() drops it" in out) == (1, True, True)
+    assert (code, str(chunk(place)) in out, "lmprobe-zarr repair drops it" in out) == (1, True, True)
     assert main(["verify", str(place), "--json"]) == 1
     document = json.loads(capsys.readouterr().out)
     assert document["ok"] is False

@@ -129,7 +129,7 @@ def _groups() -> Schema:
             "num_layers": _of(["integer", "null"], "layers of the model"),
             "hidden_size": _of(["integer", "null"], "width of the model"),
             "variables": _of("object", "dtype of each variable", additionalProperties=_TEXT),
-            "columns": _list(_TEXT, "columns of prompts"),
+            "columns": _list(_TEXT, "columns of prompts that were given"),
             "stored": _of("object", "how each variable is stored", additionalProperties=stored),
             "nbytes": _of("integer", "bytes on disk"),
             "modules": _of("string", "the modules that the sites were found in"),
@@ -348,7 +348,8 @@ def schemas() -> dict[str, Schema]:
             {
                 "url": _of("string", "address of the copy"),
                 "groups": _of("integer", "groups in it"),
-                "parts": _of("integer", "parts in it"),
+                "parts": _of("integer", "parts with activations in it"),
+                "annotations": _of("integer", "annotations in it, which hold columns only"),
                 "prompts": _of("integer", "prompts in it"),
                 "nbytes": _of("integer", "its bytes"),
             }

@@ -40,6 +40,8 @@ Every command that opens a store takes two options for remote places:
 | `--anon` | open them without credentials, as a public bucket is read |
 | `--storage-options JSON` | an object of options for their file system, such as `'{"endpoint_url": "https://s3.example.org"}'` |
 
+In a CSV file of prompts and columns, an empty cell is a missing value ([files of prompts](prompts.md#files-on-the-command-line)).
+
 `lmprobe-zarr --print-completion bash` prints the completion for a shell (bash, zsh or tcsh); it needs
 `pip install 'lmprobe-zarr[completion]'`. Save it where the shell looks for completions, or `eval` it.
 """
@@ -65,8 +67,8 @@ EXAMPLES = {
     "repair": "lmprobe-zarr repair acts --dry-run",
     "gc": "lmprobe-zarr gc acts",
     "publish": "lmprobe-zarr publish acts s3://bucket/acts",
-    "import": "lmprobe-zarr import --from ~/.cache/lmprobe --to acts --all",
-    "export": "lmprobe-zarr export --from acts --to cache --model gpt2",
+    "import": "lmprobe-zarr import ~/.cache/lmprobe acts --all",
+    "export": "lmprobe-zarr export acts cache --model gpt2",
 }
 
 ENVIRONMENT_HEAD = """# Environment variables

@@ -46,6 +46,7 @@ A caller may add fields, such as ``provenance={"steering": "…"}``, for what th
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.util
 import json
@@ -85,6 +86,7 @@ __all__ = [
     "identify",
     "model_name",
     "modules_field",
+    "near_folder",
 ]
 
 Provenance = dict[str, str | int | float | bool | None]
@@ -268,10 +270,23 @@ def local_folder(model: str | os.PathLike[str]) -> Path | None:
     if path.exists():
         raise ModelNotFoundError(f"model {given!r} is a file: give the folder that contains it")
     if isinstance(model, os.PathLike) or not HUB_ID.fullmatch(given):
+        near = near_folder(given)
         raise ModelNotFoundError(
-            f"model {given!r} does not exist: tried the folder {str(path.absolute())!r}, and it is no hub id (owner/name)"
+            f"model {given!r} does not exist{near}: there is no folder {str(path.absolute())!r}, and it is no hub id (owner/name)"
         )
     return None
+
+
+def near_folder(given: str) -> str:
+    """A question that names the folder of a model whose name is nearest to that of a folder that does not exist, for an error."""
+    given = given.rstrip("/")
+    path = Path(given).expanduser()
+    try:
+        there = [each.name for each in path.parent.iterdir() if (each / "config.json").is_file()]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name, there, n=1)
+    return f" (did you mean {given[: len(given) - len(path.name)] + near[0]!r}?)" if near else ""
 
 
 def model_name(model: str | os.PathLike[str], name: str | None = None) -> str:

@@ -26,7 +26,7 @@ from lmprobe_zarr.errors import (
 from lmprobe_zarr.extraction.models import identity, streamed, turns
 from lmprobe_zarr.extraction.models.architectures import Located, locate
 from lmprobe_zarr.extraction.models.fingerprint import ATTRIBUTES_VOLATILE, check_code, foreign_code, global_hooks, model_fingerprint
-from lmprobe_zarr.extraction.models.identity import Provenance
+from lmprobe_zarr.extraction.models.identity import Provenance, near_folder
 from lmprobe_zarr.extraction.models.loaded_model import LoadedModel
 from lmprobe_zarr.extraction.models.loading_report import check_weights, listening, quiet_logging
 from lmprobe_zarr.extraction.models.model_code import code_of_named, code_of_object
@@ -56,12 +56,24 @@ def _loading(what: str, source: str, folder: Path | None, revision: str | None) 
     except ImportError as error:
         raise MissingDependencyError(f"the {what} of {source!r} needs a package that is not installed: {_first_line(error)}") from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        tried = (
-            f"the folder {str(folder)!r}"
-            if folder is not None
-            else f"no folder of that name here; the hub id at revision {revision or 'main'!r}"
-        )
-        raise ModelNotFoundError(f"cannot load the {what} of {source!r} (tried {tried}): {_first_line(error)}") from error
+        if folder is not None:
+            raise ModelNotFoundError(f"cannot load the {what} of {source!r} from {str(folder)!r}: {_first_line(error)}") from error
+        hub = "and it cannot be loaded from the Hub"
+        if _is_offline():
+            hub = "and HF_HUB_OFFLINE is set, so the Hub is not asked"
+        elif "connect" in _first_line(error).lower():
+            hub = "and the Hub could not be reached"
+        at = f" at revision {revision!r}" if revision else ""
+        near = near_folder(source)
+        raise ModelNotFoundError(
+            f"cannot load the {what} of {source!r}{at}{near}: there is no folder of this name here, {hub}\n{_first_line(error)}"
+        ) from error
+
+
+def _is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 # Any of these makes a folder one of a tokenizer.

@@ -70,7 +70,7 @@ def write_card(groups: Sequence[CardGroup], url: str, *, text: bool, licence: st
     ----------
     groups : sequence of CardGroup
     url : str
-        The place of the copy.
+        The place of the copy. Of a local folder the path is not written, which nobody else has.
     text : bool
         Whether the prompts' texts are in it.
     licence : str, optional
@@ -91,13 +91,16 @@ def write_card(groups: Sequence[CardGroup], url: str, *, text: bool, licence: st
         lines += _group_lines(group)
     first = groups[0]
     level = first.variables[0][1] if first.variables else "prompts"
+    remote = "://" in url
+    place = url if remote else "…"
     lines += [
         "## Opening it",
         "",
+        *([] if remote else ["… is the place of this folder: its path, or its address on a web server.", ""]),
         "```python",
         "import lmprobe_zarr as lz",
         "",
-        f"store = lz.open_store({url!r})",
+        f"store = lz.open_store({place!r})",
         f"ds = store.dataset({first.group.model!r})",
         "```",
         "",
@@ -106,7 +109,7 @@ def write_card(groups: Sequence[CardGroup], url: str, *, text: bool, licence: st
         "```python",
         "import xarray as xr",
         "",
-        f"ds = xr.open_zarr({f'{url}/{first.part}'!r}, group={level!r})",
+        f"ds = xr.open_zarr({f'{place}/{first.part}'!r}, group={level!r})",
         "```",
         "",
     ]

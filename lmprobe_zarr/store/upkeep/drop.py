@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lmprobe_zarr.batch import LayerSpec, choose_layers
+from lmprobe_zarr.display import nearest
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.storage import Storage
 from lmprobe_zarr.store.format import LEVELS, GroupInfo
@@ -121,7 +122,8 @@ def drop_from(catalog: Catalog, group: GroupInfo, variables: Iterable[str], laye
     view = catalog.view(group)
     held = sorted({name for level in LEVELS for name in view.variables(level)})
     if absent := sorted(names - set(held)):
-        raise InvalidArgumentError(f"{absent[0]!r} is not stored in {view.where}, which holds {', '.join(held) or 'none'}")
+        near = nearest(absent[0], held)
+        raise InvalidArgumentError(f"{absent[0]!r} is not stored in {view.where}{near}, which holds {', '.join(held) or 'none'}")
     chosen = None
     if layers is not None:
         chosen = choose_layers(view.all_layers(), layers, where=view.where, num_layers=group.num_layers)

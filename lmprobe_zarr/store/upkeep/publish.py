@@ -39,6 +39,7 @@ from lmprobe_zarr.store.format import (
 from lmprobe_zarr.store.parts import Catalog, Listing, Part, View, open_view, part_nbytes, read_batches
 from lmprobe_zarr.store.upkeep.card import CardGroup, write_card
 from lmprobe_zarr.store.upkeep.compact import COLUMN_BYTES, MergeRun, plan_runs
+from lmprobe_zarr.store.upkeep.evict import count_of
 from lmprobe_zarr.store.upkeep.gc import PARTIAL, plan_gc, remove_garbage
 from lmprobe_zarr.store.upkeep.removal import remove_part
 from lmprobe_zarr.store.upkeep.rewrite import NewPart, new_writer, visible_pieces, write_rows
@@ -89,8 +90,8 @@ class PublishSummary:
     ----------
     url : str
         Where.
-    groups, parts : int
-        Groups, and parts and annotations in them.
+    groups, parts, annotations : int
+        Groups, parts with activations in them, and annotations, which hold columns only.
     prompts : int
         Prompts of all groups.
     nbytes : int
@@ -102,10 +103,11 @@ class PublishSummary:
     parts: int
     prompts: int
     nbytes: int
+    annotations: int = 0
 
     def __str__(self) -> str:
-        parts = "1 part" if self.parts == 1 else f"{self.parts} parts"
-        return f"{self.url}: {self.prompts} prompts in {parts}, {format_bytes(self.nbytes)}, published"
+        held = count_of(self.parts, "part") + (f", {count_of(self.annotations, 'annotation')}" if self.annotations else "")
+        return f"{self.url}: {count_of(self.prompts, 'prompt')} in {held}, {format_bytes(self.nbytes)}, published"
 
 
 @dataclass
@@ -207,7 +209,9 @@ def publish_groups(
         target.remove([PAGE])  # that of an earlier copy
     nbytes = sum(info.files_nbytes for info in copy.parts.values())
     prompts = sum(group.prompts for group in described)
-    return PublishSummary(url=target.url, groups=len(copy.groups), parts=len(copy.parts), prompts=prompts, nbytes=nbytes)
+    notes = sum(info.kind == "annotation" for info in copy.parts.values())
+    parts = len(copy.parts) - notes
+    return PublishSummary(url=target.url, groups=len(copy.groups), parts=parts, annotations=notes, prompts=prompts, nbytes=nbytes)
 
 
 def _runs(selection: Selection, part_bytes: int) -> Iterator[MergeRun]:

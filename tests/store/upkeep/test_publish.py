@@ -85,8 +85,8 @@ def test_a_published_copy_shows_the_same_in_fewer_parts(store: Store, tmp_path: 
     assert_same(copy, store)
     xr.testing.assert_identical(copy.coverage(), store.coverage())
     assert (len(copy.view(GROUP).parts), len(copy.view(GROUP).annotations)) == (2, 1)
-    assert (summary.groups, summary.parts, summary.prompts) == (1, 3, 7)
-    assert "7 prompts in 3 parts" in str(summary)
+    assert (summary.groups, summary.parts, summary.annotations, summary.prompts) == (1, 2, 1, 7)
+    assert "7 prompts in 2 parts, 1 annotation, " in str(summary)
     xr.testing.assert_identical(pickle.loads(pickle.dumps(copy)).dataset().load(), store.dataset().load())  # noqa: S301
 
 
@@ -234,9 +234,10 @@ def test_the_card_describes_the_copy_and_how_to_open_it(store: Store, tmp_path: 
         "float32",
     ):
         assert text in card, text
+    assert str(tmp_path) not in card
     code = [block.split("```")[0] for block in card.split("```python\n")[1:]]
     for block in code:
-        exec(block, {})  # noqa: S102 — what the card tells people to type
+        exec(block.replace("…", str(tmp_path / "copy")), {})  # noqa: S102 — what the card tells people to type
     store.publish(tmp_path / "none", card=False)
     assert not (tmp_path / "none" / "README.md").exists()
     store.publish(tmp_path / "own", card="# Mine\n")
