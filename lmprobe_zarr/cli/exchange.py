@@ -78,7 +78,12 @@ def _import(options: argparse.Namespace) -> None:
     else:
         if options.model is None and not options.all and len(names := list_models(source)) > 1:
             raise InvalidArgumentError(f"{source} holds {', '.join(map(repr, names))}: choose one with --model, or all with --all")
-        summary = import_safetensors(source, options.store, model=options.model, **rest)
+        try:
+            summary = import_safetensors(source, options.store, model=options.model, **rest)
+        except ModelNotStoredError as error:
+            if options.model is not None or options.all:
+                raise
+            raise ModelNotStoredError(f"{error}; --dataset or --tool says that it is something else") from error
     print_json(as_json(summary)) if options.json else print_text(summary, options)
 
 

@@ -139,7 +139,10 @@ def test_a_damaged_file_is_skipped_and_named(copy: Path, tmp_path: Path, how: st
 
 
 def test_documents_that_are_damaged_are_errors(copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
     with pytest.raises(NotAStoreError, match=r"metadata\.json"):
+        imported(tmp_path / "empty", tmp_path / "acts")
+    with pytest.raises(InvalidArgumentError, match="nothing does not exist: check the path"):
         imported(tmp_path / "nothing", tmp_path / "acts")
     metadata = copy / HOOKS[0] / "metadata.json"
     said = json.loads(metadata.read_text())

@@ -180,7 +180,10 @@ def test_configurations_of_other_formats_are_errors(capture: Path, tmp_path: Pat
     (capture / "config.json").write_text(json.dumps(config))
     with pytest.raises(InvalidArgumentError, match="model="):
         imported(capture, tmp_path / "acts")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(NotAStoreError, match="HalluLens"):
+        imported(tmp_path / "empty", tmp_path / "acts")
+    with pytest.raises(InvalidArgumentError, match="nothing does not exist: check the path"):
         imported(tmp_path / "nothing", tmp_path / "acts")
 
 

@@ -307,7 +307,7 @@ def test_a_folder_that_is_not_a_cache_raises_an_error(tmp_path: Path, store: Sto
     for options in ({}, {"model": "m"}):
         with pytest.raises(ModelNotStoredError, match=r"photos"):
             quiet_import(tmp_path / "photos", store, **options)
-    with pytest.raises(ModelNotStoredError):
+    with pytest.raises(InvalidArgumentError, match="nowhere does not exist: check the path"):
         quiet_import(tmp_path / "nowhere", store)
 
 
