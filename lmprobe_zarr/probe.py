@@ -12,7 +12,7 @@ import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -78,6 +78,7 @@ from lmprobe_zarr.probes import (
 from lmprobe_zarr.probes.devices import parse_device
 from lmprobe_zarr.probes.layer_choice import check_alpha, check_top_k, choose_by_importance, choose_by_lasso, layer_importance
 from lmprobe_zarr.store import GivenProvenance, Place, parse_provenance
+from lmprobe_zarr.sweeps.origin import Origin, warn_of_origin
 from lmprobe_zarr.tokens import TokenIndex, sequences_of
 from lmprobe_zarr.typing import Array, Ints
 
@@ -274,6 +275,7 @@ class Probe:
         self.candidate_layers_: list[int] | None = None
         self.layer_importances_: Array | None = None
         self.sweep_result_: LayerSweep | None = None
+        self._origin = Origin()
         self._memory = SupplyMemory()
         self._check()
 
@@ -541,7 +543,9 @@ class Probe:
             weights = None if weights is None else np.repeat(weights, read.n_tokens)
         n_tokens = read.n_tokens if read.stage == BY_PROBE else None
         self._fit(read.features, y, weights, together, read.layers, len(read.layers), n_tokens)
-        self.dtype_ = read.compute_dtype
+        named = self.name or (os.fspath(self.model) if isinstance(self.model, str | os.PathLike) else "")
+        variable = "resid" if one_part(self.over) is not None else _variable_of(read.stage)
+        self.dtype_, self._origin = read.compute_dtype, Origin(named, variable)
 
     def fit_from_activations(
         self,
@@ -601,7 +605,7 @@ class Probe:
             wanted = choose_layers(layers, self._of_given(layers), where="these activations", num_layers=max(layers) + 1)
             features, layers, n_layers = _columns_of(features, layers, wanted), wanted, len(wanted)
         self._fit(features, labels, weights, together, layers, n_layers)
-        self.dtype_ = None
+        self.dtype_, self._origin = None, Origin.of(X)
         return self
 
     def _of_given(self, layers: tuple[int, ...]) -> list[int]:
@@ -627,7 +631,7 @@ class Probe:
         together = np.arange(len(n_tokens)) if unit is None else unit
         labels, weights = labelled.classes[labelled.codes[first]], check_weights(sample_weight, len(n_tokens))
         self._fit(features[order], labels, weights, together, layers, n_layers, n_tokens)
-        self.dtype_ = None
+        self.dtype_, self._origin = None, Origin.of(given)
 
     @property
     def _classifier(self) -> Any:
@@ -752,6 +756,7 @@ class Probe:
         """Take over what another probe has learned."""
         for name in (
             "pipeline_", "classes_", "layers_", "n_layers_", "dtype_", "selected_layers_", "candidate_layers_", "layer_importances_",
+            "_origin",
         ):  # fmt: skip
             setattr(self, name, getattr(other, name))
 
@@ -883,6 +888,10 @@ class Probe:
         return is_sequence_classifier(self._classifier)
 
     def _same_width(self, X: Any) -> Array:  # noqa: N803
+        given = Origin.of(X)
+        # A probe may be made to learn from one pooling and to predict from another.
+        is_as_made = given.variable == _variable_of(self._stages()[1])
+        warn_of_origin(self._origin, replace(given, variable=self._origin.variable) if is_as_made else given)
         if self._pools:
             X = X.isel({(dim := _token_dim(X, self.classifier)): sequences_of(X, dim)[1]})  # noqa: N806
         features, layers, _ = parse_matrix(X, self.n_layers_)
@@ -1551,6 +1560,11 @@ def _nan(read: Activations, classes: Array | None = None) -> Any:
 def _classes_of(scores: Array, classes: Array) -> Array:
     """The class with the largest score. With one score per row, the second class if it is above 0, else the first."""
     return np.asarray(classes[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)])
+
+
+def _variable_of(stage: Stage) -> str:
+    """The variable of the residual stream that a stage pools to."""
+    return f"resid_{stage.pooling}" if stage.of == "activation" else "resid"
 
 
 def _token_dim(given: Any, classifier: Any) -> str:

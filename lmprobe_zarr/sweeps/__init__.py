@@ -3,7 +3,8 @@
 ``sweep`` fits probes on prompts, and ``tokens`` on every token, block by block. ``transfer`` fits on one dataset and tests on another.
 ``directions`` fits one probe per layer for its coefficients, and ``direction_files`` keeps them. ``compare``, ``shuffles``, ``table``,
 ``glance`` and ``charts`` (for HTML pages, imported as a module) read nothing but scores. All others run their tasks through
-`lmprobe_zarr.tasks.Runner`. Never a store of activations, a model or a plot.
+`lmprobe_zarr.tasks.Runner`. ``origin`` warns where a probe meets activations of another model or site. Never a store of activations, a
+model or a plot.
 """
 
 from lmprobe_zarr.sweeps.compare import compare, confidence_intervals, selectivity

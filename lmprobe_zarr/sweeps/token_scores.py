@@ -24,6 +24,7 @@ from lmprobe_zarr.probes import (
     watch_solution,
 )
 from lmprobe_zarr.sweeps.given import layer_labels, parse_token_activations
+from lmprobe_zarr.sweeps.origin import Origin, warn_of_origin
 from lmprobe_zarr.sweeps.token_rows import LayerRows, TaskPlan
 from lmprobe_zarr.sweeps.token_stream import score_stream
 from lmprobe_zarr.tasks import Runner, parse_runner
@@ -163,6 +164,7 @@ def _solutions(probes: Any, array: xr.DataArray) -> tuple[list[Solution | Sequen
             f"the probes were fitted on {probes.sizes[fitted_on]} {_units(fitted_on)}, and these activations have {array.sizes[inner]}: "
             "give the same site of the same model"
         )
+    warn_of_origin(Origin(str(probes.attrs.get("model") or ""), str(probes.attrs.get("variable") or "")), Origin.of(array))
     return _solutions_of(probes, wanted, fitted_on)
 
 
@@ -243,6 +245,11 @@ def score_tokens(
     ------
     InvalidArgumentError
         Something that `fit_tokens` did not make, layers that it was not fitted on, another hidden size, or a pooling of activations.
+
+    Warns
+    -----
+    UserWarning
+        The activations are of another model or site than those that the probes learned from.
     """
     array, dim = parse_token_activations(activations)
     runner = parse_runner(client, scheduler, n_workers, progress=progress)

@@ -838,3 +838,55 @@ def test_intervals_of_tokens_draw_whole_prompts_and_are_around_the_score(pooling
     dim = scores.predicted.dims[-1]
     again = scores.isel({dim: np.repeat(np.arange(scores.sizes[dim]), 5)})
     np.testing.assert_allclose(lz.confidence_intervals(again, n_resamples=200).sel(probe="ridge").accuracy, found.accuracy)
+
+
+# ------------------------------------------------------------------------------------------- activations of something else
+
+
+def two_models(tmp_path: Path) -> lz.Store:
+    """Two models of one width, with the same prompts."""
+    store = lz.open_store(tmp_path / "two", durable=False)
+    rng = np.random.default_rng(0)
+    texts = [f"prompt {i}" for i in range(12)]
+    for model in ("base", "tuned"):
+        sites = {
+            site: {layer: [rng.standard_normal((3, 4)).astype("f4") for _ in texts] for layer in range(2)} for site in ("resid", "attn")
+        }
+        pooled = {
+            f"resid_{pooling}": {layer: np.stack([x.mean(0) for x in sites["resid"][layer]]) for layer in range(2)}
+            for pooling in ("mean", "last_token")
+        }
+        lz.write_activations(store, model=model, prompts=texts, activations=sites, pooled=pooled, coords={"y": [0, 1] * 6})
+    return store
+
+
+def test_a_probe_of_another_model_or_site_scores_with_a_warning(tmp_path: Path) -> None:
+    store = two_models(tmp_path)
+    base, tuned = store.tokens("base"), store.tokens("tuned")
+    probes = lz.fit_tokens(base.resid, "y")
+    right = lz.score_tokens(probes, base.resid)
+    assert lz.score_tokens(probes, store.dataset("base").resid_mean).sizes["prompt"] == 12, "what is pooled lies in the space of the tokens"
+    assert lz.score_tokens(probes, base.resid.drop_vars("model").rename(None)).equals(right.drop_vars("model")), "nothing says what it is"
+    for other, said in ((tuned.resid, "resid of 'base', and is given resid of 'tuned'"), (base.attn, "given attn of 'base'")):
+        with pytest.warns(UserWarning, match=said):
+            scores = lz.score_tokens(probes, other)
+        np.testing.assert_allclose(scores, (other * probes.coef).sum("hidden") + probes.intercept, rtol=1e-4, atol=1e-5)
+
+
+def test_a_probe_that_is_given_another_pooling_or_model_says_so(tmp_path: Path) -> None:
+    store = two_models(tmp_path)
+    base, tuned = store.dataset("base"), store.dataset("tuned")
+    y = base.y.values
+    probe = lz.Probe(classifier="ridge").fit_from_activations(base.resid_mean.sel(layer=1), y)
+    right = probe.score_from_activations(base.resid_mean.sel(layer=1), y)
+    assert probe.score_from_activations(base.resid_mean.sel(layer=1).values, y) == right, "an array of numpy says nothing"
+    for other, said in (
+        (base.resid_mean.rename("attn_mean"), "attn_mean of 'base'"),
+        (base.resid_mean.rename("resid_max"), "resid_max of 'base'"),
+        (tuned.resid_mean, "resid_mean of 'tuned'"),
+    ):
+        with pytest.warns(UserWarning, match=f"learned from resid_mean of 'base', and is given {said}"):
+            probe.predict_from_activations(other.sel(layer=1))
+    # One that is made to predict from another pooling does so without a word.
+    made = lz.Probe(classifier="ridge", train_pooling="mean", inference_pooling="last_token")
+    made.fit_from_activations(base.resid_mean.sel(layer=1), y).predict_from_activations(base.resid_last_token.sel(layer=1))
