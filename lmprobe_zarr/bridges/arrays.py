@@ -214,7 +214,17 @@ def npy_layers(
             tables[variable, int(found[1])] = _npy_table(files, item.name, item.size, dtype, hidden_size)
     rows = None
     if split_variable(variable)[1] is None:
-        rows = _runs(_read_npy(files, offsets), len(prompts), f"{files.url}/{offsets}")
+        counts = {table.n_rows for table in tables.values()}
+        try:
+            given = _read_npy(files, offsets)
+        except FileNotFoundError as error:
+            which = f"{len(prompts)} rows, as there are prompts" if counts == {len(prompts)} else f"rows for {len(prompts)} prompts"
+            raise InvalidArgumentError(
+                f"{files.url}/{offsets} does not exist, and the files have {which}: if each row is one prompt, give "
+                f"variable='{variable}_mean', or what it was pooled by; if each row is one token, give the file with the first row of each "
+                "prompt as offsets="
+            ) from error
+        rows = _runs(given, len(prompts), f"{files.url}/{offsets}")
     return RowTables(files, prompts, tables, rows=rows)
 
 
@@ -253,12 +263,7 @@ def _npy_table(files: Files, key: str, size: int | None, dtype: str | None, hidd
 
 def _read_npy(files: Files, key: str) -> Array:
     """A whole small ``.npy`` file of integers."""
-    try:
-        shape, dtype, start, _ = _npy_header(files, key)
-    except FileNotFoundError as error:
-        raise InvalidArgumentError(
-            f"{files.url}/{key} does not exist: give the file with the first row of each prompt as offsets="
-        ) from error
+    shape, dtype, start, _ = _npy_header(files, key)
     values = np.empty(shape, dtype)
     if dtype.kind not in "iu" or values.ndim != 1:
         raise CorruptFileError(f"{files.url}/{key} holds {dtype} of shape {shape}, not a one-dimensional array of integers")

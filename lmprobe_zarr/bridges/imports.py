@@ -187,7 +187,10 @@ def import_pt(
     wanted = None if prompts is None else prompt_list(prompts)
     name = known_name(files, model)
     if not files.list(model_hash(name)):
-        raise ModelNotStoredError(f"{files.url} holds nothing of {name!r} (no folder {model_hash(name)}): check the name")
+        raise ModelNotStoredError(
+            f"{files.url} holds nothing of {name!r} as lmprobe 0.2 to 0.5.5 stored it (no folder {model_hash(name)}): check the name; "
+            "tensors of your own are stored by write_activations(…, pooled={'resid_mean': {layer: tensor}})"
+        )
     source = lmprobe_v1.LmprobeV1(files, name, prompts=wanted)
     options = ImportOptions(
         dry_run=dry_run, strict=strict, provenance=provenance or {}, progress=progress, part_bytes=part_bytes,
@@ -356,8 +359,17 @@ def import_npy(
     ----------
     folder : path or URL
         The folder of the files.
-    prompts, variable, name, offsets, dtype, hidden_size
-        See `bridges.arrays.npy_layers`.
+    prompts : sequence of str or of token ids
+        The prompts, in the order of the rows.
+    variable : str
+        What the arrays hold: a site, such as ``resid``, with one row per token; or ``<site>_<pooling>``, such as ``resid_mean``, with one
+        row per prompt, which needs no offsets.
+    name : str
+        The name of the files, with ``{layer}`` in the place of the number.
+    offsets : str
+        A ``.npy`` file of integers in the folder: where each prompt's rows begin and the last one's end, or how many rows each has.
+    dtype, hidden_size : optional
+        For memory-mapped files without a header, dtype and values per row; ``dtype="bfloat16"`` also for ``.npy`` files of uint16.
     store, model, dry_run, strict, provenance, storage_options, progress, part_bytes
         As for `import_safetensors`.
 

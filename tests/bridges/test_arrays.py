@@ -278,7 +278,11 @@ BAD_NPY: dict[str, tuple[Any, type[Exception], str]] = {
     "whole numbers": (lambda f: save(f, "layer_1.npy", np.ones((10, 4), "i8")), InvalidArgumentError, "floats"),
     "another file": (lambda f: (f / "layer_1.npy").write_bytes(b"PNG and so on"), CorruptFileError, "not a .npy"),
     "cut off": (lambda f: (f / "layer_1.npy").write_bytes((f / "layer_1.npy").read_bytes()[:-1]), CorruptFileError, "cut off"),
-    "no offsets": (lambda f: (f / "offsets.npy").unlink(), InvalidArgumentError, "first row of each prompt"),
+    "no offsets": (
+        lambda f: (f / "offsets.npy").unlink(),
+        InvalidArgumentError,
+        "rows for 3 prompts.*resid_mean.*first row of each prompt",
+    ),
     "offsets of others": (lambda f: save(f, "offsets.npy", np.array([0, 10])), InvalidArgumentError, "2 numbers for 3"),
     "offsets backwards": (lambda f: save(f, "offsets.npy", np.array([0, 8, 3, 10])), InvalidArgumentError, "ascending"),
     "offsets of floats": (
