@@ -10,7 +10,8 @@ from typing import Any, Final
 
 import torch
 
-from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.errors import DeviceMemoryError, InvalidArgumentError
+from lmprobe_zarr.extraction.models.batching import is_out_of_memory
 
 __all__ = ["CHUNK", "TensorBits", "inner_tensors", "without_gradients"]
 
@@ -108,7 +109,14 @@ class TensorBits:
                 self.multipliers[tensor.device] = _multipliers(tensor.device)
             sums = list(_chunk_sums(tensor, self.multipliers[tensor.device]))
             bits = torch.stack(sums).cpu().numpy().astype("<i8").tobytes() if sums else b""
-        except (NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
+        except (NotImplementedError, RuntimeError, TypeError, AttributeError, MemoryError) as error:
+            if isinstance(error, DeviceMemoryError):
+                raise
+            if is_out_of_memory(error):
+                raise DeviceMemoryError(
+                    f"the weight {name!r} cannot be read, because {str(tensor.device)!r} has too little free memory: free some, or take a "
+                    "smaller dtype"
+                ) from error
             raise InvalidArgumentError(
                 f"the weight {name!r} is a {type(tensor).__module__}.{type(tensor).__qualname__}, whose values cannot be read "
                 f"({str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__}), so the model cannot be "

@@ -11,7 +11,7 @@ from tiny_models import PROMPTS, tiny_model, tiny_tokenizer
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.batch import prompt_hash
-from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.errors import DeviceMemoryError, InvalidArgumentError
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -221,6 +221,18 @@ def test_a_weight_whose_values_cannot_be_read_is_refused_in_words() -> None:
         InvalidArgumentError, match=r"weight 'layers\.0\.self_attn\.q_proj\.weight' is a .*Sealed, whose values cannot be read"
     ):
         model_fingerprint(packed(Sealed))
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
+)
+def test_too_little_memory_for_a_weight_is_no_weight_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("lmprobe_zarr.extraction.models.tensor_bits._chunk_sums", fail)
+    with pytest.raises(DeviceMemoryError, match=r"the weight '.*' cannot be read, because 'cpu' has too little free memory"):
+        model_fingerprint(packed())
 
 
 @pytest.mark.few(6)
