@@ -153,7 +153,7 @@ def test_a_class_that_was_not_trained_on_has_no_probability_and_no_score() -> No
 @pytest.mark.parametrize(
     ("given", "task", "error", "message"),
     [
-        ("acuracy", "classification", InvalidArgumentError, "no metric 'acuracy': use some of accuracy, .*recall_at_fpr_0.01"),
+        ("acuracy", "classification", InvalidArgumentError, "no metric 'acuracy'.*: use some of accuracy, .*recall_at_fpr_0.01"),
         ("r2", "classification", InvalidArgumentError, "'r2' is not for classification"),
         ("auroc", "regression", InvalidArgumentError, "'auroc' is not for regression: use some of r2, mae, spearman"),
         (["mae", "mae"], "regression", InvalidArgumentError, "holds one twice"),

@@ -184,15 +184,15 @@ def test_a_server_that_refuses_for_there_are_too_many_gets_fewer_and_everything_
     if client == "obstore":
         pytest.importorskip("obstore")
     url = f"s3://team/slow-down-{client}"
-    held = fill(s3, url, 150)
+    held = fill(s3, url, 100)
     storage = open_storage(url, s3.options(counted=True, client=client))
     s3.proxy.fault = bucket = TokenBucket(rate=30, burst=10)
     began = time.monotonic()
     assert read_all(storage, list(held)) == held
     seconds = time.monotonic() - began
-    assert bucket.count["answered"] == 150
+    assert bucket.count["answered"] == 100
     assert bucket.count["refused"] > 20
-    assert seconds > 4, "140 of them at 30 a second"
+    assert seconds > 2.9, "90 of them at 30 a second"
     assert seconds < 25
     assert storage.pace.at_once < REMOTE_REQUESTS
     # The number is kept for the next reads of this client, and shared by all that use it.
@@ -228,7 +228,7 @@ def test_a_file_that_alone_is_refused_is_given_up_once_the_others_are_read(s3: S
 
 def test_only_the_client_that_gains_sends_more_to_a_server_far_away(s3: S3) -> None:
     pytest.importorskip("obstore")
-    held = fill(s3, "s3://team/far", 300)
+    held = fill(s3, "s3://team/far", 150)
     for client in ("obstore", "s3fs"):
         storage = open_storage("s3://team/far", s3.options(counted=True, client=client))
         s3.proxy.fault = lambda _: Fault(delay=0.2)

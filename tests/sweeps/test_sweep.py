@@ -201,7 +201,7 @@ def test_a_text_is_matched_before_its_hash_since_token_ids_have_another() -> Non
         ([[0], [1]] * 30, "hold sequences"),
         ({TEXTS[i]: int(Y[i]) for i in range(50)}, f"miss 10 of 60 prompts .{prompt_hash(TEXTS[50])}, "),
         ({**dict.fromkeys(TEXTS, 0), prompt_hash(TEXTS[7]): 1}, f"prompt {prompt_hash(TEXTS[7])} has two labels, 0 and 1"),
-        ("lable", "no coordinate 'lable': those per prompt are label"),
+        ("lable", r"no coordinate 'lable' \(did you mean 'label'\?\): those per prompt are label"),
         ("model", r"has dims \(\), expected"),
         (xr.DataArray(Y, dims="prompt"), "have no prompt coordinate"),
         (xr.DataArray(Y, dims="row"), r"dims \('row',\)"),
