@@ -50,6 +50,8 @@ _ADVICE: Final[tuple[tuple[str, str | None, str], ...]] = (
     (r"leave client= out", "--workers", "leave --workers and --scheduler out"),
     (r"say with variable= and layer=", "--tool-options", "say with variable and layer in --tool-options"),
     (r"(give|with) (mapping|layers)=", "--tool-options", r"\1 \2 in --tool-options"),
+    (r"make the same call again", None, "give the same command again"),
+    (r"the same call (?=goes on|runs)", None, "the same command "),
     (r"; extract them first", "--yes", "; nothing was deleted"),
 )
 #: Arguments whose option has another name. A value that an option stands for by itself is named with it.
