@@ -235,6 +235,7 @@ def _stats(work: Work, group: GroupInfo, written: Written | None = None) -> Extr
         model_loaded=work.lookup.loaded is not None,
         seconds=time.perf_counter() - work.lookup.began,
         unknown=work.lookup.unknown,
+        repeats=0 if work.lookup.answers is not None else len(work.lookup.prompts.row) - len(work.lookup.prompts),
         **asdict(written or Written()),
     )
 

@@ -582,6 +582,16 @@ def test_ctrl_c_keeps_what_was_extracted(llama: Path, acts: Store, monkeypatch: 
     assert run(llama, PROMPTS, acts).extracted == len(PROMPTS) - 3
 
 
+def test_the_result_names_repeats_and_what_was_pooled_from_stored_tokens(llama: Path, acts: Store) -> None:
+    stats = run(llama, [PROMPTS[0], PROMPTS[0]], acts, pooling=[], keep_tokens=True)
+    assert (stats.prompts, stats.repeats, stats.extracted) == (1, 1, 1)
+    assert str(stats).startswith("llama: 1 prompt (1 repeat left out), 0 found in the store, 1 extracted (")
+    run(llama, PROMPTS[1:3], acts, pooling=[], keep_tokens=True)
+    text = str(run(llama, [*PROMPTS[:3], *PROMPTS[:2]], acts, pooling="mean"))
+    assert text.startswith("llama: 3 prompts (2 repeats left out), 3 found in the store (3 pooled from stored tokens), 0 extracted (")
+    assert "stored tokens" not in str(run(llama, PROMPTS[:3], acts, pooling="mean"))
+
+
 def test_ctrl_c_before_the_model_runs_says_what_is_stored(llama: Path, acts: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
