@@ -22,6 +22,7 @@ import xarray as xr
 __all__ = [
     "Html",
     "card",
+    "count_of",
     "definitions",
     "describe_error",
     "escape",
@@ -75,6 +76,11 @@ def nearest(given: object, known: Iterable[object]) -> str:
 def columns_of(text: str) -> int:
     """How many columns a text takes on a terminal: East Asian wide characters take two, combining marks none."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def count_of(number: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun, in the plural where it is not 1. Without `plural`, an "s" is added."""
+    return f"{number} {noun}" if number == 1 else f"{number} {plural or f'{noun}s'}"
 
 
 def shorten(text: str, width: int) -> str:

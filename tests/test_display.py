@@ -13,7 +13,7 @@ from html_tags import Tags
 from stores import GROUP, Wrapped, make_batch
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.display import columns_of, escape, format_table, shorten, sparkline, visible
+from lmprobe_zarr.display import columns_of, count_of, escape, format_table, shorten, sparkline, visible
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.store.contents import describe_view
 from lmprobe_zarr.store.format.group import GroupInfo
@@ -34,6 +34,11 @@ def check(page: str) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------------- text
+
+
+def test_only_one_is_singular() -> None:
+    assert [count_of(number, "part") for number in (0, 1, 2)] == ["0 parts", "1 part", "2 parts"]
+    assert [count_of(number, "entry", "entries") for number in (0, 1, 2)] == ["0 entries", "1 entry", "2 entries"]
 
 
 def test_invisible_characters_are_escaped() -> None:

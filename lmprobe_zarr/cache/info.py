@@ -8,8 +8,8 @@ from datetime import datetime
 from typing import Self
 
 from lmprobe_zarr.config import GB
-from lmprobe_zarr.display import Html, card, definitions, format_bytes, section, table
-from lmprobe_zarr.store.upkeep import EvictionEntry, count_of
+from lmprobe_zarr.display import Html, card, count_of, definitions, format_bytes, section, table
+from lmprobe_zarr.store.upkeep import EvictionEntry
 
 __all__ = ["CacheInfo", "CachedPrompt", "CachedPromptInfo", "ClearSummary", "ModelCacheInfo", "ReadsInfo"]
 

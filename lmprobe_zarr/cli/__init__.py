@@ -68,8 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"lmprobe-zarr: {for_shell(visible(error, lines=True), getattr(options, 'parser', None))}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("lmprobe-zarr: interrupted; what was committed is kept", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        said = "\n".join(getattr(error, "__notes__", ["interrupted; what was committed is kept"]))
+        print(f"lmprobe-zarr: {for_shell(visible(said, lines=True), getattr(options, 'parser', None))}", file=sys.stderr)
         return 130
     return code
 

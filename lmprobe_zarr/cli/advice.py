@@ -40,8 +40,8 @@ _ADVICE: Final[tuple[tuple[str, str | None, str], ...]] = (
     (r", or name a module, sites=\{'(\w+)': '([\w.:]+)'\}", None, r", or name a module, such as \1=\2"),
     (r"give group='([^']*)' or provenance='any'", "--group", r"give --group \1 or --any-provenance"),
     (r"extract and Probe use it with group= or provenance='any'", None, "extract uses it with --group or --any-provenance"),
-    (r"(extract (?:it |them |again )?)with keep_tokens=True", None, r"\1with --keep-tokens"),
-    (r"(extract (?:it |them |again )?)with (perplexity|refresh)=True", None, r"\1with --\2"),
+    (r"(extract (?:it |them |again |them again )?)with keep_tokens=True", None, r"\1with --keep-tokens"),
+    (r"(extract (?:it |them |again |them again )?)with (perplexity|refresh)=True", None, r"\1with --\2"),
     (r"store\.(delete|drop)\(…, (?:prompts=)?\[…\]\)", None, r"lmprobe-zarr \1"),
     (r"store\.drop\(…, \[('[^']*')\]\)", None, r"lmprobe-zarr drop STORE \1"),
     (r"store\.copy_to\(…\)", None, "lmprobe-zarr copy"),
@@ -50,6 +50,14 @@ _ADVICE: Final[tuple[tuple[str, str | None, str], ...]] = (
     (r"leave client= out", "--workers", "leave --workers and --scheduler out"),
     (r"say with variable= and layer=", "--tool-options", "say with variable and layer in --tool-options"),
     (r"(give|with) (mapping|layers)=", "--tool-options", r"\1 \2 in --tool-options"),
+    (r"make the same call again", None, "give the same command again"),
+    (
+        r"to get them back, for each of summary\.lost: extract\(.*\)",
+        None,
+        "to get them back, give the extract command that stored them again: it runs what is missing",
+    ),
+    (r"their prompts are in summary\.lost, with", None, "--dry-run --json lists their prompts, with"),
+    (r"the same call (?=goes on|runs)", None, "the same command "),
     (r"; extract them first", "--yes", "; nothing was deleted"),
 )
 #: Arguments whose option has another name. A value that an option stands for by itself is named with it.

@@ -10,9 +10,10 @@ from lmprobe_zarr.cache import MIN_AGE, CacheInfo, ModelCacheInfo, cache_info, c
 from lmprobe_zarr.cli.arguments import add_choice, add_command, add_dry_run, add_format, add_yes, confirm
 from lmprobe_zarr.cli.printing import print_json, print_text
 from lmprobe_zarr.cli.prompt_files import read_prompts
+from lmprobe_zarr.display import count_of
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.store import open_store
-from lmprobe_zarr.store.upkeep import EvictPlan, count_of
+from lmprobe_zarr.store.upkeep import EvictPlan
 
 __all__ = ["add_cache", "add_clear", "add_delete", "add_evict"]
 

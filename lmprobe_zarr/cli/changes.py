@@ -21,10 +21,9 @@ from lmprobe_zarr.cli.arguments import (
 )
 from lmprobe_zarr.cli.printing import as_json, print_json, print_text
 from lmprobe_zarr.cli.prompt_files import read_prompts
-from lmprobe_zarr.display import visible
+from lmprobe_zarr.display import count_of, visible
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.store import open_store
-from lmprobe_zarr.store.upkeep import count_of
 
 __all__ = ["add_annotate", "add_copy", "add_drop"]
 

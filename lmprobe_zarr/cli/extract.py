@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, Final
 
 from lmprobe_zarr.batch import BUILT_IN_SITES, LOGITS_POSITIONS, POOLINGS, Generate
 from lmprobe_zarr.cli.arguments import add_command, add_store, parse_layers, parse_object, split_names
@@ -12,10 +12,12 @@ from lmprobe_zarr.cli.prompt_files import FORMATS, read_prompts
 from lmprobe_zarr.display import nearest
 from lmprobe_zarr.errors import InvalidArgumentError, ModelNotFoundError
 from lmprobe_zarr.extraction import ENGINES, WEIGHTS, extract, plan_extract
-from lmprobe_zarr.store import open_store
+from lmprobe_zarr.store import PART_SECONDS, open_store
 from lmprobe_zarr.tasks import own_client
 
 __all__ = ["add_extract"]
+
+_PART_SECONDS: Final = "store what is finished at least every S seconds, which is what a crash may cost (default: %(default)g)"
 
 
 def add_extract(commands: Any) -> None:
@@ -62,6 +64,7 @@ def add_extract(commands: Any) -> None:
     command.add_argument("--group", help="name of a stored group that is of this model, such as that of an import")
     command.add_argument("--any-provenance", action="store_true", help="stored groups of this name, such as imports, are of this model")
     command.add_argument("--refresh", action="store_true", help="run the model on all prompts, even if they are stored")
+    command.add_argument("--part-seconds", type=float, default=PART_SECONDS, metavar="S", help=_PART_SECONDS)
     command.add_argument("--no-text", action="store_true", help="do not store the texts")
     command.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     command.add_argument("--engine", choices=ENGINES, help="run the model with this engine instead of transformers")
@@ -131,6 +134,7 @@ def _run(options: argparse.Namespace, prompts: list[Any], columns: dict[str, lis
             coords=columns,
             batch_tokens=options.batch_tokens,
             store_text=not options.no_text,
+            part_seconds=options.part_seconds,
             client=client,
             progress=not options.json,
             **request,

@@ -13,12 +13,11 @@ import xarray as xr
 
 from lmprobe_zarr.cli.arguments import add_choice, add_command, add_store, parse_layers, split_names
 from lmprobe_zarr.cli.printing import print_json, print_text
-from lmprobe_zarr.display import nearest, shorten, visible
+from lmprobe_zarr.display import count_of, nearest, shorten, visible
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.interchange import read_list
 from lmprobe_zarr.probes.controls import BAGS_OF_TOKENS
 from lmprobe_zarr.store import open_to_read
-from lmprobe_zarr.store.upkeep import count_of
 
 __all__ = ["add_sweep"]
 

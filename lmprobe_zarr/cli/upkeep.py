@@ -18,6 +18,7 @@ from lmprobe_zarr.cli.arguments import (
 )
 from lmprobe_zarr.cli.printing import as_json, print_json, print_text
 from lmprobe_zarr.cli.score_files import open_scores
+from lmprobe_zarr.display import count_of
 from lmprobe_zarr.errors import CorruptPartError
 from lmprobe_zarr.storage import open_storage
 from lmprobe_zarr.store import Mode, Store, open_store
@@ -89,7 +90,7 @@ def _repair(options: argparse.Namespace) -> None:
     if summary.changes and not options.dry_run:
         if not options.json:
             print_text(summary, options)
-        confirm(options, f"{len(summary.rewritten)} parts would be written again, {len(summary.dropped)} removed permanently.")
+        confirm(options, f"{count_of(len(summary.rewritten), 'part')} would be written again, {len(summary.dropped)} removed permanently.")
         summary = store.repair(options.model, group=options.group, progress=progress)
     print_json(as_json(summary)) if options.json else print_text(summary, options)
 

@@ -20,6 +20,7 @@ from lmprobe_zarr.extraction import models
 from lmprobe_zarr.extraction.columns import with_columns
 from lmprobe_zarr.extraction.continued import stored_rows_of
 from lmprobe_zarr.extraction.in_order import InOrder
+from lmprobe_zarr.extraction.interruption import note_stored
 from lmprobe_zarr.extraction.lookup import Lookup
 from lmprobe_zarr.extraction.models import TokenizedPrompts
 from lmprobe_zarr.extraction.options import Options
@@ -83,14 +84,19 @@ def fill_here(work: Work, options: Options) -> Written:
     scratch, folder = _scratch(target)
     in_order = InOrder(put, rows, memory=WINDOW_BYTES, folder=folder)
     bar = progress_bar(tokens, description="extract", unit="tok", enabled=options.progress and tokens > 0)
-    with bar as advance, closing(in_order), ingest:
-        for batch in _pooled_from_tokens(lookup):
-            ingest.put(batch)
-        place = _streamed_scratch(target, folder, ingest.flush)
-        with in_order:
-            for tokenized in written.pieces(advance):
-                for batch in _run_model(work, tokenized, options, advance, in_order.flush, scratch, place):
-                    in_order.take(batch)
+    try:
+        with bar as advance, closing(in_order), ingest:
+            for batch in _pooled_from_tokens(lookup):
+                ingest.put(batch)
+            place = _streamed_scratch(target, folder, ingest.flush)
+            with in_order:
+                for tokenized in written.pieces(advance):
+                    for batch in _run_model(work, tokenized, options, advance, in_order.flush, scratch, place):
+                        in_order.take(batch)
+    except KeyboardInterrupt as error:
+        if options.sink is None:
+            note_stored(error, work, ingest.prompts)  # leaving the context has committed what the model had finished
+        raise
     return Written(
         nbytes=ingest.nbytes, parts=len(ingest.parts), not_finite=ingest.not_finite, blank=ingest.blank, generated=written.count,
         generated_tokens=written.tokens,

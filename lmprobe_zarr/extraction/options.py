@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_args
 
 from lmprobe_zarr import config
 from lmprobe_zarr.batch import Precision
+from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.extraction.model_choice import ModelMemory
 from lmprobe_zarr.store import PART_BYTES, PART_SECONDS, Store, part_bytes_within
 
@@ -75,6 +77,10 @@ class Options:
     weights: Weights = "auto"
     watch: Callable[[], None] | None = None
     memory: ModelMemory = field(default_factory=ModelMemory)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.part_seconds < math.inf:
+            raise InvalidArgumentError(f"part_seconds={self.part_seconds!r} is not a time: give seconds, at least 0")
 
 
 def keeping_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lmprobe_zarr.batch import describe_layers
-from lmprobe_zarr.display import format_bytes
+from lmprobe_zarr.display import count_of, format_bytes
 from lmprobe_zarr.store.format import describe_unrecorded
 
 __all__ = ["ExtractPlan", "ExtractStats", "HeldElsewhere", "describe_elsewhere"]
@@ -202,6 +202,8 @@ class ExtractStats:
     generated, generated_tokens : int
         How many answers were generated, and their tokens. With `extract(generate=…)` a prompt is one with its answer: all that are not
         generated were found, those of `extracted` included that lacked other values.
+    repeats : int
+        Prompts that were given more than once, beyond the first time; they are not counted in `prompts`.
     """
 
     model: str
@@ -220,6 +222,7 @@ class ExtractStats:
     unknown: tuple[str, ...] = ()
     generated: int = 0
     generated_tokens: int = 0
+    repeats: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -228,13 +231,17 @@ class ExtractStats:
 
     def __str__(self) -> str:
         loaded = "" if self.model_loaded else "; the model was not loaded"
-        answers = f", {self.generated} answers of {self.generated_tokens} tokens generated" if self.generated else ""
+        answers = f", {count_of(self.generated, 'answer')} of {count_of(self.generated_tokens, 'token')} generated"
+        answers = answers if self.generated else ""
         odd = f"; {self.not_finite} values are not finite" if self.not_finite else ""
         odd += f"; {self.blank} rows are all zeros" if self.blank else ""
         odd += f"; group {self.group!r} does not record {describe_unrecorded(self.unknown)}" if self.unknown else ""
+        pooled = f" ({self.derived} pooled from stored tokens)" if self.derived else ""
+        repeats = f" ({count_of(self.repeats, 'repeat')} left out)" if self.repeats else ""
         return (
-            f"{self.model}: {self.prompts} prompts, {self.found} found in the store, {self.extracted} extracted "
-            f"({self.tokens} tokens, {format_bytes(self.nbytes)}){answers} in {self.seconds:.1f} s{loaded}{odd}"
+            f"{self.model}: {count_of(self.prompts, 'prompt')}{repeats}, {self.found} found in the store{pooled}, "
+            f"{self.extracted} extracted ({count_of(self.tokens, 'token')}, {format_bytes(self.nbytes)}){answers} "
+            f"in {self.seconds:.1f} s{loaded}{odd}"
         )
 
 

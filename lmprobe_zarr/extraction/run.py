@@ -19,6 +19,7 @@ from lmprobe_zarr.display import format_bytes, progress_bar
 from lmprobe_zarr.errors import CorruptPartError, MissingPromptsError, NoSpaceError, ReadOnlyError
 from lmprobe_zarr.extraction.columns import annotate
 from lmprobe_zarr.extraction.fill import Written, fill_here
+from lmprobe_zarr.extraction.interruption import note_loading, note_lookup, note_workers
 from lmprobe_zarr.extraction.lookup import load_and_look_up, look_up
 from lmprobe_zarr.extraction.model_choice import ModelMemory
 from lmprobe_zarr.extraction.options import Keeping, Options
@@ -90,8 +91,9 @@ def without_damaged_parts(store: Store, attempt: Callable[[], T]) -> T:
 def prepare(request: Request, options: Options) -> Work:
     """The work that a request needs: look up, then decide. Loads a tokenizer at most, unless the model is an object."""
     check_weights_choice(options.weights, request, options.device_map)
-    lookup = look_up(request, options.memory, options.device, options.device_map)
-    return decide(lookup, options.keeping.precision, weights=choose_weights(lookup, options))
+    with note_lookup():
+        lookup = look_up(request, options.memory, options.device, options.device_map)
+        return decide(lookup, options.keeping.precision, weights=choose_weights(lookup, options))
 
 
 def complete(work: Work, options: Options) -> Outcome:
@@ -106,7 +108,8 @@ def complete(work: Work, options: Options) -> Outcome:
         weights = ChosenWeights(streamed=work.plan.weights == "streamed", why=work.plan.weights_why)
         if weights.streamed:
             cache_logger().info("[cache] the weights of %r are streamed, one block at a time (%s)", work.plan.model, weights.why)
-        lookup = load_and_look_up(work.lookup, options.memory, options.device, options.device_map, stream=weights.streamed)
+        with note_loading(work):
+            lookup = load_and_look_up(work.lookup, options.memory, options.device, options.device_map, stream=weights.streamed)
         work = decide(lookup, options.keeping.precision, before=work, weights=weights)
     _note_unknown(work)
     _warn_of_precision(work, options)
@@ -114,7 +117,8 @@ def complete(work: Work, options: Options) -> Outcome:
     if not work.changes_store:
         stats, group = _stats(work, work.lookup.makes_group), work.lookup.makes_group
     elif options.client is not None:
-        stats, group = _fill_on_workers(work, options)
+        with note_workers():
+            stats, group = _fill_on_workers(work, options)
     else:
         written, group = fill_here(work, options), work.lookup.makes_group
         stats = _stats(work, group, written)
@@ -231,6 +235,7 @@ def _stats(work: Work, group: GroupInfo, written: Written | None = None) -> Extr
         model_loaded=work.lookup.loaded is not None,
         seconds=time.perf_counter() - work.lookup.began,
         unknown=work.lookup.unknown,
+        repeats=0 if work.lookup.answers is not None else len(work.lookup.prompts.row) - len(work.lookup.prompts),
         **asdict(written or Written()),
     )
 

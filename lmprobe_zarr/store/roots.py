@@ -36,7 +36,7 @@ def open_root(storage: Storage, mode: Mode | None) -> tuple[Storage, Mode]:
     if isinstance(storage, FrozenStorage):
         published: Published | None = storage.published
     else:
-        on_web = storage.url.startswith(("http://", "https://"))
+        on_web = _is_on_web(storage)
         if mode == "a" and on_web:
             raise ReadOnlyError(f"{storage.url} is a web address, which can only be read: leave mode='a' out")
         mode = "r" if on_web else mode
@@ -52,6 +52,11 @@ def open_root(storage: Storage, mode: Mode | None) -> tuple[Storage, Mode]:
             raise ReadOnlyError(f"{storage.url} is a published copy, which never changes: leave mode='a' out to read it")
         mode = "r"
     return storage, mode or "a"
+
+
+def _is_on_web(storage: Storage) -> bool:
+    """Whether a place is an address of a web server, which can only be read."""
+    return storage.url.startswith(("http://", "https://"))
 
 
 def _check_root(storage: Storage, mode: Mode) -> Published | None:
@@ -77,7 +82,8 @@ def _check_root(storage: Storage, mode: Mode) -> Published | None:
         way = "give a new or empty folder" if mode == "a" else "give the folder that the store was made in"
         raise NotAStoreError(f"{storage.url} is no store of lmprobe-zarr and holds other things ({names[0]!r}): {way}")
     if mode == "r":
-        raise StoreNotFoundError(f"there is no store at {storage.url}: check the path, or open it with mode='a' to make one")
+        make = "" if _is_on_web(storage) else ", or open it with mode='a' to make one"
+        raise StoreNotFoundError(f"there is no store at {storage.url}: check the path{make}")
     return None
 
 

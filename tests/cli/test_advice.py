@@ -96,6 +96,11 @@ def test_the_column_of_the_prompts_is_named_by_an_option(tmp_path: Path, capsys:
             "if it is the same model, give --group g or --any-provenance",
         ),
         ("delete it, store.delete(…, prompts=[…]), and", "extract", "delete it, lmprobe-zarr delete, and"),
+        (
+            "repair() removes it and lists its prompts, or extract them again with refresh=True",
+            "sweep",
+            "lmprobe-zarr repair removes it and lists its prompts, or extract them again with --refresh",
+        ),
         ("use weights='streamed', device_map='auto', or less", "extract", "use --weights streamed, or less"),
     ],
 )

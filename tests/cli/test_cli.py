@@ -388,6 +388,39 @@ def test_it_runs_as_a_program_and_stops_quietly_when_a_pipe_closes(stored: str) 
 
 
 @pytest.mark.model
+def test_ctrl_c_during_an_extraction_says_how_much_is_stored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    from tiny_models import save_tiny
+
+    from lmprobe_zarr.extraction.models.passes import Job
+
+    model = str(save_tiny("gpt2", tmp_path / "tiny"))
+    (tmp_path / "p.txt").write_text("\n".join(f"the dog {'walks ' * number}" for number in range(6)))
+    command = ["extract", model, str(tmp_path / "p.txt"), "--store", str(tmp_path / "acts"), "--batch-tokens", "1"]
+    real, calls = Job.collect, 0
+
+    def interrupted(*given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "collect", interrupted)
+        code, _, err = call(capsys, *command)
+    assert code == 130
+    assert err.splitlines()[-1] == "lmprobe-zarr: interrupted: 2 of 6 prompts are stored; the same command goes on from there"
+    assert lz.open_store(tmp_path / "acts", mode="r").dataset().sizes["prompt"] == 2
+    code, out, _ = call(capsys, *command, "--part-seconds", "0")
+    assert (code, "2 found in the store, 4 extracted" in out) == (0, True)
+    assert (
+        call(capsys, *command, "--part-seconds", "-1")[2] == "lmprobe-zarr: --part-seconds -1.0 is not a time: give seconds, at least 0\n"
+    )
+
+
 def test_extract_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torch")
     from tiny_models import save_tiny

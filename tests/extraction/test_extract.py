@@ -35,6 +35,7 @@ from lmprobe_zarr.errors import (
     UnknownArchitectureError,
 )
 from lmprobe_zarr.extraction import models as extraction
+from lmprobe_zarr.extraction import run as run_module
 from lmprobe_zarr.store.store import Store
 
 torch = pytest.importorskip("torch")
@@ -569,11 +570,47 @@ def test_ctrl_c_keeps_what_was_extracted(llama: Path, acts: Store, monkeypatch: 
             yield batch
 
     monkeypatch.setattr(extraction, "run_ready", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as raised:
         run(llama, PROMPTS, acts, batch_tokens=1)
+    assert raised.value.__notes__ == [f"interrupted: 3 of {len(PROMPTS)} prompts are stored; the same call goes on from there"]
+    assert acts.dataset().sizes["prompt"] == 3
+    with pytest.raises(KeyboardInterrupt) as raised:
+        run(llama, PROMPTS, acts, batch_tokens=1, refresh=True)
+    assert raised.value.__notes__[0].startswith(f"interrupted: 3 of {len(PROMPTS)} prompts were extracted again; with refresh=True")
     monkeypatch.setattr(extraction, "run_ready", real)
     assert acts.dataset().sizes["prompt"] == 3
     assert run(llama, PROMPTS, acts).extracted == len(PROMPTS) - 3
+
+
+def test_the_result_names_repeats_and_what_was_pooled_from_stored_tokens(llama: Path, acts: Store) -> None:
+    stats = run(llama, [PROMPTS[0], PROMPTS[0]], acts, pooling=[], keep_tokens=True)
+    assert (stats.prompts, stats.repeats, stats.extracted) == (1, 1, 1)
+    assert str(stats).startswith("llama: 1 prompt (1 repeat left out), 0 found in the store, 1 extracted (")
+    run(llama, PROMPTS[1:3], acts, pooling=[], keep_tokens=True)
+    text = str(run(llama, [*PROMPTS[:3], *PROMPTS[:2]], acts, pooling="mean"))
+    assert text.startswith("llama: 3 prompts (2 repeats left out), 3 found in the store (3 pooled from stored tokens), 0 extracted (")
+    assert "stored tokens" not in str(run(llama, PROMPTS[:3], acts, pooling="mean"))
+
+
+def test_ctrl_c_before_the_model_runs_says_what_is_stored(llama: Path, acts: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    run(llama, PROMPTS[:2], acts)
+    for place, says in [
+        ("load_and_look_up", f"interrupted: 2 of {len(PROMPTS)} prompts are stored; the same call goes on from there"),
+        ("look_up", "interrupted while the store was searched; make the same call again"),
+    ]:
+        monkeypatch.setattr(run_module, place, interrupted)
+        with pytest.raises(KeyboardInterrupt) as raised:
+            run(llama, PROMPTS, acts)
+        assert raised.value.__notes__ == [says]
+
+
+@pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf")])
+def test_a_time_between_commits_that_is_none_is_refused(llama: Path, acts: Store, seconds: float) -> None:
+    with no_loading(), pytest.raises(InvalidArgumentError, match=r"part_seconds=.* is not a time"):
+        run(llama, PROMPTS, acts, part_seconds=seconds)
 
 
 def test_a_failing_disk_ends_the_run_with_the_error_and_keeps_what_is_committed(

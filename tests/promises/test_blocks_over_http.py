@@ -11,6 +11,7 @@ from web_server import HONEST, WHOLE, serving
 import lmprobe_zarr as lz
 from lmprobe_zarr.batch import TokenBatch
 from lmprobe_zarr.batch.hashes import prompt_sha256
+from lmprobe_zarr.errors import StoreNotFoundError
 from lmprobe_zarr.store.format import GroupInfo
 from lmprobe_zarr.store.parts import writer
 
@@ -81,3 +82,9 @@ def test_without_ranges_a_chunk_in_a_file_of_its_own_is_fetched_once(published: 
         for start in range(600, 1000, 25):
             np.testing.assert_array_equal(resid.isel(layer=1, token=slice(start, start + 25)).values, values[1, start : start + 25])
         assert len(server.requests) == 1, "rows 600 to 1000 are in one chunk, which is kept"
+
+
+def test_a_web_address_without_a_store_is_not_to_be_made_one() -> None:
+    with serving({}) as server, pytest.raises(StoreNotFoundError, match="there is no store at") as raised:
+        lz.open_store(server.url)
+    assert str(raised.value) == f"there is no store at {server.url}: check the path"

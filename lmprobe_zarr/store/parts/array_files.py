@@ -298,7 +298,7 @@ class ArrayFiles:
             self.part,
             f"part {self.part!r} of {self.storage.url} is damaged: {kind}{file} of {variable!r} {what}\n"
             + (
-                "nothing was read from it; extract its prompts again with refresh=True"
+                "nothing was read from it; repair() removes it and lists its prompts, or extract them again with refresh=True"
                 if kind
                 else "nothing was read from it; repair() writes the table again where the chunks are whole"
             ),

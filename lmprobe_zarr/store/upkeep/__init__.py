@@ -12,7 +12,7 @@ from lmprobe_zarr.store.upkeep.compact import CompactPlan, check_min_parts, comp
 from lmprobe_zarr.store.upkeep.copy import CopySummary, check_copy, copy_selections
 from lmprobe_zarr.store.upkeep.delete import delete_from
 from lmprobe_zarr.store.upkeep.drop import drop_from
-from lmprobe_zarr.store.upkeep.evict import EvictionEntry, EvictPlan, count_of, list_entries, plan_evict, remove_entries
+from lmprobe_zarr.store.upkeep.evict import EvictionEntry, EvictPlan, list_entries, plan_evict, remove_entries
 from lmprobe_zarr.store.upkeep.gc import GcSummary, collect_garbage
 from lmprobe_zarr.store.upkeep.last_use import mark_used
 from lmprobe_zarr.store.upkeep.losses import RepairSummary
@@ -37,7 +37,6 @@ __all__ = [
     "collect_garbage",
     "compact_groups",
     "copy_selections",
-    "count_of",
     "delete_from",
     "drop_from",
     "list_entries",

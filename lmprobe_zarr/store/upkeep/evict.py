@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from lmprobe_zarr.display import format_bytes
+from lmprobe_zarr.display import count_of, format_bytes
 from lmprobe_zarr.errors import CorruptPartError, NoSpaceError, PartGoneError
 from lmprobe_zarr.log import LOGGER_NAME
 from lmprobe_zarr.storage import Storage
@@ -139,11 +139,6 @@ class EvictPlan:
             ]
             text += "; what stays: " + ", ".join(f"{format_bytes(nbytes)} {reason}" for nbytes, reason in why if nbytes)
         return text
-
-
-def count_of(number: int, noun: str) -> str:
-    """A number with its noun, in the plural where it is not 1."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def describe_entries(parts: Sequence[Part], *, group: str, stamps: Mapping[str, float | None]) -> list[EvictionEntry]:

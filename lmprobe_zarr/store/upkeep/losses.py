@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmprobe_zarr.batch import ALL, BUILT_IN_SITES, SCALARS, describe_layers, is_top_k, split_variable
-from lmprobe_zarr.display import shortened
+from lmprobe_zarr.display import count_of, shortened
 from lmprobe_zarr.store.upkeep.problems import Problem
 
 __all__ = ["LostColumn", "LostValues", "RepairSummary"]
@@ -80,9 +80,9 @@ class LostValues:
 
     def __str__(self) -> str:
         unknown = sum(text is None for text in self.texts)
-        where = f", layers {describe_layers(self.layers)}" if self.layers else ""
+        where = f", layer{'s' if len(self.layers) > 1 else ''} {describe_layers(self.layers)}" if self.layers else ""
         more = f" ({unknown} of them without a known text)" if unknown else ""
-        return f"{', '.join(self.variables)}{where} of {len(self.hashes)} prompts of {self.model}{more}"
+        return f"{', '.join(self.variables)}{where} of {count_of(len(self.hashes), 'prompt')} of {self.model}{more}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +104,7 @@ class LostColumn:
     hashes: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"column {self.column!r} of {len(self.hashes)} prompts, of {self.part}"
+        return f"column {self.column!r} of {count_of(len(self.hashes), 'prompt')}, of {self.part}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,13 +150,15 @@ class RepairSummary:
 
     def __str__(self) -> str:
         verb = "to be " if self.dry_run else ""
-        lines = [
-            f"{self.url}: {len(self.restored)} documents {verb}restored, {len(self.rewritten)} parts {verb}written again, "
-            f"{len(self.dropped)} {verb}dropped"
-        ]
+        restored, rewritten = count_of(len(self.restored), "document"), count_of(len(self.rewritten), "part")
+        lines = [f"{self.url}: {restored} {verb}restored, {rewritten} {verb}written again, {len(self.dropped)} {verb}dropped"]
         for title, rows in (
             ("extract again", self.lost), ("lost columns", self.columns), ("nobody knows what these held", self.unknown),
             ("left as they are", self.left),
         ):  # fmt: skip
             lines += [f"{title}:", *shortened(rows)] if rows else []
+        if self.lost and self.dry_run:
+            lines.append("their prompts are in summary.lost, with the arguments of extract for each")
+        elif self.lost:
+            lines.append("to get them back, for each of summary.lost: extract(model, lost.prompts, store=store, **lost.arguments)")
         return "\n".join(lines)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmprobe_zarr.batch import LayerSpec, choose_layers, keys_of
-from lmprobe_zarr.display import format_bytes, progress_bar
+from lmprobe_zarr.display import count_of, format_bytes, progress_bar
 from lmprobe_zarr.errors import InvalidArgumentError, ModelNotStoredError, NotAStoreError
 from lmprobe_zarr.pages import PUBLISHED, generator
 from lmprobe_zarr.storage import HubDraft, HubStorage, Storage, open_storage
@@ -39,7 +39,6 @@ from lmprobe_zarr.store.format import (
 from lmprobe_zarr.store.parts import Catalog, Listing, Part, View, open_view, part_nbytes, read_batches
 from lmprobe_zarr.store.upkeep.card import CardGroup, write_card
 from lmprobe_zarr.store.upkeep.compact import COLUMN_BYTES, MergeRun, plan_runs
-from lmprobe_zarr.store.upkeep.evict import count_of
 from lmprobe_zarr.store.upkeep.gc import PARTIAL, plan_gc, remove_garbage
 from lmprobe_zarr.store.upkeep.removal import remove_part
 from lmprobe_zarr.store.upkeep.rewrite import NewPart, new_writer, visible_pieces, write_rows

@@ -427,7 +427,10 @@ def _file_fault(storage: Storage, key: str, is_whole: Callable[[Buffer], bool], 
 
 
 def problems_of(scan: StoreScan) -> Iterator[Problem]:
-    """Everything that is wrong, with what to do."""
+    """Everything that is wrong, with what to do.
+
+    Where later parts hold every value of a damaged one, nothing is lost, and the advice says so: as after an extraction with `refresh`.
+    """
     url, frozen = scan.storage.url, isinstance(scan.storage, FrozenStorage)
 
     def problem(part: str, variable: str, file: str, fault: Fault, advice: str) -> Problem:
@@ -455,12 +458,38 @@ def problems_of(scan: StoreScan) -> Iterator[Problem]:
                 yield problem(found.path, "", f"{found.path}/zarr.json", found.fault, advice)
             for name, fault in found.faults.items():
                 variable = name.rpartition("/")[0] if "/" in name.rpartition("/")[0] else ""
-                yield problem(found.path, variable, f"{found.path}/{name}", fault, _advice(found, name, variable))
+                advice = _advice(found, name, variable, is_held_later=_held_later(group, found, variable))
+                yield problem(found.path, variable, f"{found.path}/{name}", fault, advice)
 
 
-def _advice(found: FoundPart, name: str, variable: str) -> str:
+def _held_later(group: FoundGroup, found: FoundPart, key: str) -> bool:
+    """Whether later parts hold a variable of all prompts of a part, in all its layers, so that nobody reads the part's own."""
+    if found.part is None or found.replaced or key not in found.part.info.activations:
+        return False
+    info = found.part.info
+    layered = info.arrays[key].layered
+    left = {layer: {row.tobytes() for row in info.digests} for layer in (info.layers if layered else (-1,))}
+    for each in group.parts:
+        later = None if each.part is None or each.replaced else each.part.info
+        if later is None or later.name <= info.name or key not in later.activations or later.arrays[key].layered != layered:
+            continue
+        if any(name == key or name.startswith(f"{key}/") for name in each.faults):
+            continue
+        position = later.arrays.get("tokens/position")
+        if key.startswith("tokens/") and (position is None or not position.attributes.get("whole_prompts")):
+            continue
+        digests = {row.tobytes() for row in later.digests}
+        for layer in later.layers if layered else (-1,):
+            if layer in left:
+                left[layer] -= digests
+    return not any(left.values())
+
+
+def _advice(found: FoundPart, name: str, variable: str, *, is_held_later: bool) -> str:
     if found.replaced:
         return "another part stands for it: repair() removes it"
+    if is_held_later:
+        return "nothing is lost, a later part holds these values: repair() removes it"
     if name.endswith(("zarr.json", CHUNK_TABLE, BLOCK_TABLE)) or variable in MADE_BY_WRITER:
         return "repair() writes it again"
     info = found.part.info.arrays.get(variable) if found.part is not None else None
