@@ -178,6 +178,8 @@ class Probe:
         The norm of each candidate's coefficients: in the group lasso, or in the classifier on all candidates.
     dtype_ : str or None
         The dtype that its activations were computed in, if known.
+    origin_ : Origin
+        The model, the variable and the weights that it learned from, as far as they are known: what it is given later is compared with it.
     sweep_result_ : LayerSweep or None
         The probes of a sweep.
 
@@ -275,7 +277,7 @@ class Probe:
         self.candidate_layers_: list[int] | None = None
         self.layer_importances_: Array | None = None
         self.sweep_result_: LayerSweep | None = None
-        self._origin = Origin()
+        self.origin_ = Origin()
         self._memory = SupplyMemory()
         self._check()
 
@@ -545,7 +547,7 @@ class Probe:
         self._fit(read.features, y, weights, together, read.layers, len(read.layers), n_tokens)
         named = self.name or (os.fspath(self.model) if isinstance(self.model, str | os.PathLike) else "")
         variable = "resid" if one_part(self.over) is not None else _variable_of(read.stage)
-        self.dtype_, self._origin = read.compute_dtype, Origin(named, variable)
+        self.dtype_, self.origin_ = read.compute_dtype, Origin(named, variable, read.weights)
 
     def fit_from_activations(
         self,
@@ -605,7 +607,7 @@ class Probe:
             wanted = choose_layers(layers, self._of_given(layers), where="these activations", num_layers=max(layers) + 1)
             features, layers, n_layers = _columns_of(features, layers, wanted), wanted, len(wanted)
         self._fit(features, labels, weights, together, layers, n_layers)
-        self.dtype_, self._origin = None, Origin.of(X)
+        self.dtype_, self.origin_ = None, Origin.of(X)
         return self
 
     def _of_given(self, layers: tuple[int, ...]) -> list[int]:
@@ -631,7 +633,7 @@ class Probe:
         together = np.arange(len(n_tokens)) if unit is None else unit
         labels, weights = labelled.classes[labelled.codes[first]], check_weights(sample_weight, len(n_tokens))
         self._fit(features[order], labels, weights, together, layers, n_layers, n_tokens)
-        self.dtype_, self._origin = None, Origin.of(given)
+        self.dtype_, self.origin_ = None, Origin.of(given)
 
     @property
     def _classifier(self) -> Any:
@@ -756,7 +758,7 @@ class Probe:
         """Take over what another probe has learned."""
         for name in (
             "pipeline_", "classes_", "layers_", "n_layers_", "dtype_", "selected_layers_", "candidate_layers_", "layer_importances_",
-            "_origin",
+            "origin_",
         ):  # fmt: skip
             setattr(self, name, getattr(other, name))
 
@@ -820,7 +822,12 @@ class Probe:
             raise InvalidArgumentError("this probe learned from activations of unknown layers: predict from activations too")
         read = self._supply(batch_size, as_fitted=True).activations(list_given(prompts), stage, list(self.layers_))
         check_finite(read)
+        self._warn_of_weights(read)
         return read
+
+    def _warn_of_weights(self, read: Activations) -> None:
+        """Warn where the model of this name has other weights now than those that the probe learned from."""
+        warn_of_origin(self.origin_, replace(self.origin_, weights=read.weights))
 
     @property
     def decision_function(self) -> Any:
@@ -891,7 +898,7 @@ class Probe:
         given = Origin.of(X)
         # A probe may be made to learn from one pooling and to predict from another.
         is_as_made = given.variable == _variable_of(self._stages()[1])
-        warn_of_origin(self._origin, replace(given, variable=self._origin.variable) if is_as_made else given)
+        warn_of_origin(self.origin_, replace(given, variable=self.origin_.variable) if is_as_made else given)
         if self._pools:
             X = X.isel({(dim := _token_dim(X, self.classifier)): sequences_of(X, dim)[1]})  # noqa: N806
         features, layers, _ = parse_matrix(X, self.n_layers_)
@@ -1161,6 +1168,7 @@ class Probe:
             "n_layers": self.n_layers_,
             "dtype": self.dtype_,
             "task": self.task,
+            "origin": {"model": self.origin_.model, "variable": self.origin_.variable, "weights": dict(self.origin_.weights)},
         }
         if self.selected_layers_ is not None and self.candidate_layers_ is not None and self.layer_importances_ is not None:
             header["chosen_from"] = {"layers": self.candidate_layers_, "importances": self.layer_importances_.tolist()}
@@ -1174,7 +1182,8 @@ class Probe:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the fitted probe into one file, safetensors with JSON inside; never a pickle.
 
-        A model is saved by its name only, and a loaded one not at all. The place of the cache is not saved.
+        A model is saved by its name and what identifies its weights, and a loaded one by the latter alone: where the model of that name
+        has other weights later, predictions warn. The place of the cache is not saved.
 
         Parameters
         ----------
@@ -1227,6 +1236,7 @@ class Probe:
             header["dtype"],
         )
         probe.classes_ = np.asarray(pipeline.classes_) if probe.task == "classification" else None
+        probe.origin_ = Origin.parse(header.get("origin"))
         if "chosen_from" in header:
             held = header["chosen_from"]
             layers, importances = (held.get("layers"), held.get("importances")) if isinstance(held, dict) else (None, None)
@@ -1395,6 +1405,8 @@ class LayerSweep:
             for layer in self.layers:
                 read = supplied.read(stage, layer)
                 check_finite(read)
+                if layer == self.layers[0]:
+                    first._warn_of_weights(read)
                 yield layer, self.probes[layer]._fitted if layer in self.probes else None, read
 
 

@@ -489,6 +489,8 @@ class ProbeEnsemble:
             with self._supplied(listed, members, wanted, batch_size, as_fitted=True) as supplied:
                 for member, read in _read_each(supplied, members, wanted):
                     fitted = self.probes_[member]._fitted
+                    if member == members[0]:
+                        self.probes_[member]._warn_of_weights(read)
                     answers[member] = np.asarray(fitted.probabilities(read) if what == "probabilities" else fitted.predict(read))
                     hashes = read.hashes
         return np.stack([answers[member] for member in range(len(self))]), hashes

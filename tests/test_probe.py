@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -36,9 +37,10 @@ from lmprobe_zarr.errors import (
     ReadOnlyError,
 )
 from lmprobe_zarr.extraction import models as extraction
+from lmprobe_zarr.sweeps.origin import Origin
 
 pytestmark = pytest.mark.model
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 
 from tiny_models import SharedModels, save_tiny, tiny_model, tiny_tokenizer  # noqa: E402 — needs torch
 from warmed import Warmed  # noqa: E402
@@ -577,6 +579,48 @@ def test_a_saved_probe_predicts_the_same_bits(llama: Path, tmp_path: Path, class
     assert loaded.get_params() == probe.get_params()
     assert loaded.layers_ == (1, 3)
     assert list(tmp_path.iterdir()) == [tmp_path / "p.probe"], "no temporary file stays"
+
+
+def test_a_probe_notices_other_weights_under_the_name_of_its_model(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    shutil.copytree(llama, tmp_path / "first" / "toy")
+    shutil.copytree(llama, tmp_path / "second" / "toy")
+    tuned = AutoModelForCausalLM.from_pretrained(llama)
+    with torch.no_grad():
+        for weight in tuned.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    tuned.save_pretrained(tmp_path / "second" / "toy")
+
+    monkeypatch.chdir(tmp_path / "first")
+    swept = lz.Probe("toy", layers="sweep", pooling="mean", classifier="ridge").fit(POSITIVE, NEGATIVE)
+    probe = lz.Probe("toy", layers=1, pooling="mean", classifier="ridge").fit(POSITIVE, NEGATIVE)
+    probe.save(tmp_path / "p.probe")
+    loaded = lz.Probe.load(tmp_path / "p.probe")
+    assert loaded.origin_ == probe.origin_
+    assert (probe.origin_.model, probe.origin_.variable) == ("toy", "resid_mean")
+    right = probe.predict(TEST)
+    np.testing.assert_array_equal(loaded.predict(TEST), right)
+
+    monkeypatch.chdir(tmp_path / "second")
+    probes: list[Any] = [probe, loaded, swept.sweep_result_, swept]
+    for each in probes:
+        with pytest.warns(UserWarning, match="learned from resid_mean of 'toy' with other weights"):
+            each.predict(TEST)
+    with pytest.warns(UserWarning, match="with other weights"):
+        loaded.score(TEST, [1, 0, 1, 0])
+    monkeypatch.chdir(tmp_path / "first")
+    np.testing.assert_array_equal(loaded.predict(TEST), right)
+
+
+def test_a_file_of_a_probe_without_an_origin_is_read(tmp_path: Path) -> None:
+    probe = lz.Probe().fit_from_activations([[0.0], [1.0]], [0, 1])
+    for held in (None, "toy", {"model": 3, "weights": []}, {"weights": {"revision": 1}}):
+        assert isinstance(Origin.parse(held), Origin)
+    probe.save(tmp_path / "p.probe")
+    assert lz.Probe.load(tmp_path / "p.probe").origin_ == Origin()
 
 
 def test_no_pickle_is_written_and_none_is_read(llama: Path, tmp_path: Path) -> None:

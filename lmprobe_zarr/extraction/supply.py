@@ -56,6 +56,7 @@ from lmprobe_zarr.log import cache_logger, warn
 from lmprobe_zarr.store import Place, Store, open_store
 from lmprobe_zarr.store.format import GroupInfo, Level
 from lmprobe_zarr.store.parts import read_values
+from lmprobe_zarr.sweeps.origin import Origin
 from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["Activations", "Supplied", "Supply", "SupplyMemory", "read_activations"]
@@ -82,6 +83,8 @@ class Activations:
     hashes : ndarray of str, shape (prompt,)
     compute_dtype : str, optional
         The dtype that they were computed in, if known.
+    weights : mapping of str to str
+        What is recorded of the model's weights, as far as it is: ``revision``, ``weights``, ``adapter``.
     """
 
     stage: Stage
@@ -90,6 +93,7 @@ class Activations:
     n_tokens: Ints | None
     hashes: npt.NDArray[np.str_]
     compute_dtype: str | None
+    weights: Mapping[str, str] = field(default_factory=dict)
 
     def take(self, rows: Ints) -> Activations:
         """Those of some prompts, by their numbers, which may repeat; the tokens of a prompt stay together."""
@@ -430,4 +434,5 @@ def _in_order(outcome: Outcome, pieces: Mapping[int, Array], stage: Stage, layer
         counts[prompts.row] if stage.needs_tokens else None,
         hashes_of(digests)[prompts.row],
         None if dtype is None else str(dtype),
+        Origin.of_group(outcome.group.model, "", outcome.group.provenance).weights,
     )

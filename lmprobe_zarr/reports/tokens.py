@@ -16,6 +16,7 @@ from lmprobe_zarr.pages import ShownPrompt, ShownTokens
 from lmprobe_zarr.probe import LayerSweep, Probe
 from lmprobe_zarr.reports.profiles import Score, Weigh, fit_by_layer, map_tokens, score_of, weigh_of
 from lmprobe_zarr.store.parts import RoleArray, View, has_role_names, read_values
+from lmprobe_zarr.sweeps.origin import Origin, warn_of_origin
 from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["SHOWN_PROMPTS", "PromptLabels", "choose_prompts", "show_tokens"]
@@ -158,6 +159,7 @@ def _choose_scores(
     if probe is not None:
         fitted = _probes_by_layer(probe)
         _check_width(view, variable, {int(each.pipeline_.n_features_in_) for each in fitted.values()})
+        warn_of_origin(next(iter(fitted.values())).origin_, _origin_of(view, variable))
         first = next(iter(fitted.values())).pipeline_
         if hasattr(first.steps[-1][1], "weights"):
             kind = type(first.steps[-1][1]).__name__
@@ -196,6 +198,10 @@ def _scored_site(view: View, variable: str, learned: str, layers: Sequence[int])
     return scored, [layer for layer in layers if layer in held]
 
 
+def _origin_of(view: View, variable: str) -> Origin:
+    return Origin.of_group(view.group.model, variable, view.group.provenance)
+
+
 def _check_width(view: View, variable: str, widths: set[int]) -> None:
     """Raise where a probe was fitted on rows of another width than the tokens that it is to score."""
     width = int(np.prod(view.variables("tokens")[variable].row_shape))
@@ -221,6 +227,7 @@ def _scores_of_coefficients(view: View, variable: str, fitted: xr.Dataset) -> _T
     site = str(fitted.attrs.get("variable") or "")
     scored = site if site in view.variables("tokens") else variable
     _check_width(view, scored, {int(fitted.sizes[dims[1]])})
+    warn_of_origin(Origin(str(fitted.attrs.get("model") or ""), site), _origin_of(view, scored))
 
     def score_of_layer(layer: int) -> Score:
         held = fitted.sel(layer=layer)

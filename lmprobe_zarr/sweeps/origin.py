@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import xarray as xr
 
@@ -11,6 +12,10 @@ from lmprobe_zarr.batch import split_variable
 from lmprobe_zarr.log import warn
 
 __all__ = ["Origin", "warn_of_origin"]
+
+
+#: The fields of a provenance that identify the weights.
+_OF_WEIGHTS: Final = ("revision", "weights", "adapter")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +28,13 @@ class Origin:
         The name of the model.
     variable : str
         As a store names it: a site, or a site with a pooling.
+    weights : mapping of str to str
+        What is recorded of the model's weights, as ``revision`` or ``weights``.
     """
 
     model: str = ""
     variable: str = ""
+    weights: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, activations: Any) -> Origin:
@@ -36,6 +44,19 @@ class Origin:
         model = activations.coords.get("model")
         named = "" if model is None or model.ndim else str(model.item())
         return cls(named, "" if activations.name is None else str(activations.name))
+
+    @classmethod
+    def of_group(cls, model: str, variable: str, provenance: Mapping[str, Any]) -> Origin:
+        """That of a variable of a stored group."""
+        return cls(model, variable, {name: str(held) for name in _OF_WEIGHTS if (held := provenance.get(name)) is not None})
+
+    @classmethod
+    def parse(cls, held: Any) -> Origin:
+        """That which a file holds; unknown where it holds something else."""
+        if not isinstance(held, Mapping) or not isinstance(held.get("weights", {}), Mapping):
+            return cls()
+        weights = {str(name): str(value) for name, value in held.get("weights", {}).items()}
+        return cls(str(held.get("model") or ""), str(held.get("variable") or ""), weights)
 
     def __str__(self) -> str:
         return f"{self.variable or 'activations'}{f' of {self.model!r}' * bool(self.model)}"
@@ -47,6 +68,14 @@ def warn_of_origin(learned: Origin, given: Origin) -> None:
     Rows of the same width are scored without an error, and the scores mean something only where the two are meant to be compared: a model
     and what was trained from it, a residual stream and what is added to it. What is pooled from a site lies in the space of its tokens.
     """
+    other = [name for name in learned.weights if given.weights.get(name, learned.weights[name]) != learned.weights[name]]
+    if other:
+        values = " and ".join(f"{name} {held.weights[other[0]][:16]!r}" for name, held in (("its", learned), ("these have", given)))
+        warn(
+            f"the probe learned from {learned} with other weights ({other[0]}: {values}): fit it again, or give the model that it "
+            "learned from",
+            UserWarning,
+        )
     if _same_model(learned.model, given.model) and _same_space(learned.variable, given.variable):
         return
     warn(

@@ -183,6 +183,17 @@ def test_tokens_show_the_scores_of_what_fit_tokens_gives(stored: Store) -> None:
             lz.report(stored, probe=wrong, prompts=["prompt 3!!!"])
 
 
+def test_a_probe_of_another_model_or_site_is_shown_with_a_warning(stored: Store) -> None:
+    tokens = stored.tokens()
+    fitted = lz.fit_tokens(tokens.resid, tokens.label.values, "ridge")
+    with pytest.warns(UserWarning, match="learned from resid of 'other', and is given resid of 'acme/toy'"):
+        lz.report(stored, probe=fitted.assign_attrs(model="other"), prompts=["prompt 3!!!"])
+    ds = stored.dataset()
+    probe = lz.Probe(classifier="ridge").fit_from_activations(ds.resid_mean.sel(layer=1).rename("attn_mean"), ds.label.values)
+    with pytest.warns(UserWarning, match="learned from attn_mean of 'acme/toy', and is given resid of 'acme/toy'"):
+        lz.report(stored, probe=lz.LayerSweep({1: probe}), prompts=["prompt 3!!!"])
+
+
 @pytest.mark.model
 @pytest.mark.filterwarnings("ignore:.*was still improving")
 def test_tokens_show_how_much_they_weigh_for_a_probe_that_learned_how_to_pool(stored: Store) -> None:
