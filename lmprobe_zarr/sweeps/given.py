@@ -74,7 +74,7 @@ def _checked(activations: xr.DataArray) -> xr.DataArray:
     dims = tuple(str(dim) for dim in activations.dims)
     inner = find_inner_dim(dims)
     if inner is None or set(dims) not in ({"layer", "prompt", inner}, {"prompt", inner}):
-        remedy = "pool the tokens first, as in toks.lz.pool('mean')" if "token" in dims else "select or rename"
+        remedy = "pool the tokens first, as in toks.lz.pool('mean')" if "token" in dims else "select, rename, or stack several into one"
         raise InvalidArgumentError(
             f"{name_in_messages(activations)} has dims {dims}, expected layer (or none), prompt and one inner dimension "
             f"such as hidden: {remedy}"

@@ -76,10 +76,9 @@ def tokens_at(data: T, position: int, *, of: str | None = None, turn: int | None
     short = counts < (position + 1 if position >= 0 else -position)
     if short.any():
         first = index.labels[index.codes[np.unique(by_appearance(index.codes), return_index=True)[1][int(short.argmax())]]]
-        way_out = "sel(position=…)" if chosen is None else "sel(prompt=[…])"
         raise LayerOutOfRangeError(
             f"{int(short.sum())} of {len(counts)} prompts have fewer {which} than position {position} needs, the shortest "
-            f"{int(counts.min())}, first prompt {first}: use {way_out} for those that have it"
+            f"{int(counts.min())}, first prompt {first}: select those that have it with sel(prompt=[…])"
         )
     offsets = offsets_of(counts)
     rows = (offsets[:-1] if position >= 0 else offsets[1:]) + position
