@@ -144,9 +144,11 @@ def _clear(options: argparse.Namespace) -> None:
             }
         )
         return
-    print(f"{int(count)} entries deleted: {count}")
+    print(f"{count_of(int(count), 'entry', 'entries')} deleted: {count}")
     if info.legacy and not options.legacy:
-        print(f"{sum(model.num_prompts for model in info.legacy)} entries of lmprobe's own remain; --legacy deletes them too")
+        left = sum(model.num_prompts for model in info.legacy)
+        remain = "remains" if left == 1 else "remain"
+        print(f"{count_of(left, 'entry', 'entries')} of lmprobe's own {remain}; --legacy deletes {'it' if left == 1 else 'them'} too")
     if info.reads is not None and info.reads.entries:
         print(f"{info.reads.size_bytes} bytes of what was read of remote stores remain; --reads deletes them")
 
