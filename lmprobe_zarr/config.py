@@ -7,10 +7,12 @@ the disk for what is read of remote places.
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lmprobe_zarr.batch import Precision
-from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, StoreNotFoundError
+from lmprobe_zarr.errors import CacheWarning, InvalidArgumentError, InvalidTypeError, StoreNotFoundError
 from lmprobe_zarr.storage import ReadCache, local_path
 
 __all__ = [
@@ -78,7 +80,8 @@ class Setting:
 
 
 def _parse_limit(text: str) -> int:
-    return _limit_bytes(float(text))
+    found = _SIZE.fullmatch(text.strip())
+    return _parse_size(text) if found is not None and found[2] else _limit_bytes(float(text))
 
 
 def _parse_megabytes(text: str) -> int:
@@ -130,7 +133,7 @@ SETTINGS: Final = {
     "limit": Setting(
         variable="LMPROBE_CACHE_MAX_GB",
         means="size that evict() reduces the cache to, in GB of 1024³ bytes; with 0 nothing is stored, but what is stored can be read",
-        values="a number of at least 0",
+        values="a number of at least 0, or a size with its unit, such as 500 MB",
         default="no limit",
         example="100",
         call="set_cache_limit",
@@ -192,6 +195,13 @@ SETTINGS: Final = {
     ),
 }
 
+SETTINGS_BY_VARIABLE: Final = {setting.variable: setting for setting in SETTINGS.values()}
+#: What lmprobe itself reads, and this package does not.
+OF_LMPROBE: Final = ("LMPROBE_PROFILE",)
+#: Names that are not near the one that they stand for.
+MEANT: Final = dict.fromkeys(("LMPROBE_CACHE_LIMIT", "LMPROBE_CACHE_SIZE", "LMPROBE_CACHE_LIMIT_GB"), "LMPROBE_CACHE_MAX_GB")
+
+_warned_of: set[str] = set()
 _from_environment: dict[str, Any] = {}
 _from_calls: dict[str, Any] = {}
 
@@ -200,6 +210,7 @@ def _get(name: str, default: Any = None) -> Any:
     if name in _from_calls:
         return _from_calls[name]
     if name not in _from_environment:
+        _warn_of_unknown()
         setting = SETTINGS[name]
         text = os.environ.get(setting.variable, "").strip()
         try:
@@ -212,9 +223,27 @@ def _get(name: str, default: Any = None) -> Any:
     return default if value is None else value
 
 
+def _warn_of_unknown() -> None:
+    """Warn, once for each, of variables that nobody reads and that look like a mistyped one."""
+    known = [setting.variable for setting in SETTINGS.values()]
+    for variable in sorted(set(os.environ) - {*known, *OF_LMPROBE} - _warned_of):
+        if not variable.startswith("LMPROBE_") or variable.startswith("LMPROBE_ZARR_"):
+            continue
+        near = difflib.get_close_matches(variable, known, n=1, cutoff=0.6 if variable.startswith("LMPROBE_CACHE_") else 0.85)
+        if near:
+            _warned_of.add(variable)
+            meant = MEANT.get(variable, near[0])
+            warnings.warn(
+                f"the environment variable {variable} is read by nobody: did you mean {meant}, {SETTINGS_BY_VARIABLE[meant].means}?",
+                CacheWarning,
+                stacklevel=2,
+            )
+
+
 def reload() -> None:
     """Read the environment variables again, each at the next use of its setting. Settings made by calls stay."""
     _from_environment.clear()
+    _warned_of.clear()
 
 
 # -------------------------------------------------------------------------------------------------------------- getting
@@ -369,14 +398,14 @@ def weights_memory() -> Path | None:
 
 
 def bytes_of(name: str, gb: object) -> int:
-    """A size given in GB of 1024³ bytes.
+    """A size given in GB of 1024³ bytes, or as a text with its unit.
 
     Parameters
     ----------
     name : str
         Name of the argument, for the message.
-    gb : float
-        In GB of 1024³ bytes.
+    gb : float or str
+        In GB of 1024³ bytes; a text is a size with its unit, such as ``"500 MB"``, or a number of GB.
 
     Returns
     -------
@@ -386,25 +415,30 @@ def bytes_of(name: str, gb: object) -> int:
     Raises
     ------
     InvalidArgumentError
-        `gb` is not a finite number of at least 0.
+        `gb` is not a finite number of at least 0, and no size.
     """
     try:
+        if isinstance(gb, str):
+            return _parse_limit(gb)
         if isinstance(gb, bool) or not isinstance(gb, Real):
             raise TypeError(gb)
         return _limit_bytes(float(gb))
     except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidArgumentError(f"{name}={gb!r:.40} is not a size: give a number of GB of at least 0") from error
+        raise InvalidArgumentError(
+            f"{name}={gb!r:.40} is not a size: give a number of GB of at least 0, or a text such as '500 MB'"
+        ) from error
 
 
-def set_cache_limit(gb: float | None = None) -> None:
+def set_cache_limit(gb: float | str | None = None) -> None:
     """Set the size that `evict` reduces the default store to.
 
     Neither this call nor writing evicts anything: call `evict` when it suits.
 
     Parameters
     ----------
-    gb : float, optional
-        In GB of 1024³ bytes. None removes the limit. With 0 nothing more is stored, but what is stored can be read.
+    gb : float or str, optional
+        In GB of 1024³ bytes, or a size with its unit, such as ``"500 MB"``. None removes the limit. With 0 nothing more is stored, but
+        what is stored can be read.
 
     Raises
     ------

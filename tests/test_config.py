@@ -12,7 +12,7 @@ import pytest
 import lmprobe_zarr as lz
 from lmprobe_zarr import config
 from lmprobe_zarr.batch.precision import Precision
-from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.errors import CacheWarning, InvalidArgumentError, InvalidTypeError
 
 
 def test_nothing_is_read_at_import_and_each_variable_at_its_first_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -91,7 +91,42 @@ def test_every_variable_of_the_page_is_understood(monkeypatch: pytest.MonkeyPatc
     assert config.debug_level() == logging.DEBUG
 
 
-@pytest.mark.parametrize("gb", [-1, float("nan"), float("inf"), "much", [1]])
+def test_a_limit_may_have_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, nbytes in [("50 MB", 50 * 2**20), ("50MB", 50 * 2**20), ("2 gib", 2 * 2**30), ("0.5", 2**29), ("0", 0)]:
+        lz.set_cache_limit(text)
+        assert config.cache_limit() == nbytes
+    config._from_calls.pop("limit")
+    for text, nbytes in [("50MB", 50 * 2**20), ("1.5 GB", 3 * 2**29), ("3", 3 * 2**30)]:
+        monkeypatch.setenv("LMPROBE_CACHE_MAX_GB", text)
+        lz.config.reload()
+        assert config.cache_limit() == nbytes
+
+
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("LMPROBE_CACHE_LIMIT", "LMPROBE_CACHE_MAX_GB"),
+        ("LMPROBE_CACHE_MAXGB", "LMPROBE_CACHE_MAX_GB"),
+        ("LMPROBE_CACHE_DIRECTORY", "LMPROBE_CACHE_DIR"),
+        ("LMPROBE_READ_CACHES", "LMPROBE_READ_CACHE"),
+    ],
+)
+def test_a_mistyped_variable_is_warned_of_once(monkeypatch: pytest.MonkeyPatch, variable: str, meant: str) -> None:
+    monkeypatch.setenv(variable, "1")
+    lz.config.reload()
+    with pytest.warns(CacheWarning, match=f"{variable} is read by nobody: did you mean {meant}, ") as found:
+        assert (config.cache_limit(), config.cache_precision()) == (None, Precision())
+    assert len(found) == 1
+
+
+def test_variables_of_others_are_not_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("LMPROBE_PROFILE", "LMPROBE_ZARR_STRESS", "LMPROBE_HOME", "MY_LMPROBE_CACHE_LIMIT"):
+        monkeypatch.setenv(variable, "1")
+    lz.config.reload()
+    assert config.cache_limit() is None  # warnings are errors
+
+
+@pytest.mark.parametrize("gb", [-1, float("nan"), float("inf"), "much", "-1 GB", "1 XB", [1]])
 def test_a_limit_that_is_no_size_is_refused(gb: object) -> None:
     with pytest.raises(InvalidArgumentError, match="at least 0"):
         lz.set_cache_limit(gb)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lmprobe_zarr.display import format_bytes
+from lmprobe_zarr.display import count_of, format_bytes
 
 __all__ = ["ExportSummary", "ImportSummary", "Reason", "Tally"]
 
@@ -120,7 +120,7 @@ class ImportSummary:
             "store": self.url,
             "models": ", ".join(self.models) or "none",
             "prompts": f"{self.found} found, {self.stored} stored already, {self.imported} {verb}",
-            "size": f"{self.tokens} tokens, {format_bytes(self.nbytes)} before compression",
+            "size": f"{count_of(self.tokens, 'token')}, {format_bytes(self.nbytes)} before compression",
         }
         if self.as_model:
             rows["as"] = f"{self.as_model}, on your word"
@@ -173,7 +173,7 @@ class ExportSummary:
             "to": self.target,
             "model": self.model,
             "prompts": f"{self.prompts} requested, {self.exported} exported, {self.present} present already",
-            "size": f"{self.files} files, {format_bytes(self.nbytes)}",
+            "size": f"{count_of(self.files, 'file')}, {format_bytes(self.nbytes)}",
         }
         return _table(rows, self.skipped, self.notes)
 

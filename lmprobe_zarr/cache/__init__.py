@@ -6,7 +6,7 @@ activations.
 
 from lmprobe_zarr.cache.contents import cache_info, discover_cached, list_cached_prompts
 from lmprobe_zarr.cache.info import CachedPrompt, CachedPromptInfo, CacheInfo, ClearSummary, ModelCacheInfo, ReadsInfo
-from lmprobe_zarr.cache.removing import MIN_AGE, clear_cache, clear_read_cache, evict
+from lmprobe_zarr.cache.removing import MIN_AGE, check_is_stored, clear_cache, clear_read_cache, evict, why_nothing_to_evict
 
 __all__ = [
     "MIN_AGE",
@@ -17,9 +17,11 @@ __all__ = [
     "ModelCacheInfo",
     "ReadsInfo",
     "cache_info",
+    "check_is_stored",
     "clear_cache",
     "clear_read_cache",
     "discover_cached",
     "evict",
     "list_cached_prompts",
+    "why_nothing_to_evict",
 ]

@@ -69,7 +69,8 @@ class ModelCacheInfo:
         what += f", {count_of(self.num_annotations, 'annotation')}" if self.num_annotations else ""
         what += f", columns {', '.join(self.columns)}" if self.columns else ""
         what += ", provenance not recorded" if self.unknown else ""
-        return f"{self.model_name}  {format_bytes(self.size_bytes)}  ({self.num_prompts} prompts, {self.num_layers} layers{what})"
+        counts = f"{count_of(self.num_prompts, 'prompt')}, {count_of(self.num_layers, 'layer')}"
+        return f"{self.model_name}  {format_bytes(self.size_bytes)}  ({counts}{what})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

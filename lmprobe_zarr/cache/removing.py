@@ -18,7 +18,7 @@ from lmprobe_zarr.storage import ReadCache
 from lmprobe_zarr.store import Model, Place, Store
 from lmprobe_zarr.store.upkeep import EvictionEntry, EvictPlan, plan_evict, remove_entries
 
-__all__ = ["MIN_AGE", "clear_cache", "clear_read_cache", "evict"]
+__all__ = ["MIN_AGE", "clear_cache", "clear_read_cache", "evict", "why_nothing_to_evict"]
 
 # Seconds for which a part is kept after its commit or last use, in a place that others may be using.
 MIN_AGE: Final = 600.0
@@ -89,14 +89,14 @@ def evict(
         raise InvalidArgumentError(f"there is no limit for {place_name(url)}: give max_gb=, the size to bring it down to in GB")
     elif not limit:
         # There is no limit, or it is 0, which stops storing but does not empty the cache.
-        log.info("[cache] evict: no limit is set, so nothing is removed")
+        log.info("[cache] evict: %s", _no_limit(limit))
         return None
     opened = open_cache(url, "a")
     if opened is None:
         return None
     below, opened = opened.catalogs[:-1], opened.own
     if url is None and not opened.storage.is_local:
-        log.warning("[cache] evict: %s is remote, and is evicted only when the call names it", opened.url)
+        log.warning("[cache] evict: the cache %s is remote, and is evicted only when the call names it", opened.url)
         return None
     _may_remove(url, opened)
     began = time.perf_counter()
@@ -122,6 +122,29 @@ def evict(
     return plan
 
 
+def _no_limit(limit: int | None) -> str:
+    """Why nothing is evicted where there is no size to bring the cache down to."""
+    if limit == 0:
+        return "the limit is 0, which stores nothing more and keeps what is stored; give max_gb=0 to remove it"
+    return "no limit is set: give max_gb=, or set LMPROBE_CACHE_MAX_GB"
+
+
+def why_nothing_to_evict(*, max_gb: float | None = None) -> str:
+    """Why `evict` of the cache, without a place, returned None."""
+    if max_gb is None and not config.cache_limit():
+        return _no_limit(config.cache_limit())
+    opened = open_cache(None, "a")
+    if opened is None:
+        return f"there is no cache yet at {place_name(None)}"
+    return f"the cache {opened.own.url} is remote, and is evicted only when the call names it"
+
+
+def check_is_stored(opened: Store, model: Model) -> None:
+    """Raise `ModelNotStoredError`, which names the nearest model, where a store holds other models only."""
+    if opened.models():
+        opened.find_group(model)
+
+
 def clear_cache(model: Model | None = None, *, url: Place = None, legacy: bool = False) -> ClearSummary:
     """Delete all cached activations, annotations and columns. This cannot be undone.
 
@@ -143,19 +166,23 @@ def clear_cache(model: Model | None = None, *, url: Place = None, legacy: bool =
     ------
     InvalidArgumentError
         The cache is remote and the call does not name it.
+    ModelNotStoredError
+        The cache holds other models, and not this one.
     ReadOnlyError
     """
     log = cache_logger()
-    opened = open_cache(url, "a")
+    opened, old = open_cache(url, "a"), lmprobe_entries(url, "auto")
     summary = ClearSummary()
     if opened is not None:
         opened = opened.own
         _may_remove(url, opened)
-        for info in opened.matching(model, whole=False):
+        groups = opened.matching(model, whole=False)
+        if model is not None and not groups and not (old is not None and old.models(model)):
+            check_is_stored(opened, model)
+        for info in groups:
             gone, _ = remove_entries(opened.catalog, opened.entries(info), columns=False, hide=False)
             opened.drop_empty_group(info)
             summary = summary.joined(ClearSummary.of(gone))
-    old = lmprobe_entries(url, "auto")
     if old is not None and legacy:
         if not old.storage.is_local:
             raise InvalidArgumentError(

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
-from lmprobe_zarr.cache import MIN_AGE, CacheInfo, ModelCacheInfo, cache_info, clear_cache, clear_read_cache, evict
+from lmprobe_zarr.cache import (
+    MIN_AGE,
+    CacheInfo,
+    ModelCacheInfo,
+    cache_info,
+    check_is_stored,
+    clear_cache,
+    clear_read_cache,
+    evict,
+    why_nothing_to_evict,
+)
 from lmprobe_zarr.cli.arguments import add_choice, add_command, add_dry_run, add_format, add_yes, confirm
 from lmprobe_zarr.cli.printing import print_json, print_text
 from lmprobe_zarr.cli.prompt_files import read_prompts
@@ -72,11 +82,12 @@ def _evict(options: argparse.Namespace) -> None:
         what += f" and {count_of(len(plan.entries) - parts, 'annotation')}" if parts < len(plan.entries) else ""
         confirm(options, f"{plan.freed} bytes would be removed: {what}.")
         plan = evict(options.store, **request)
+    elif plan is not None:
+        plan = replace(plan, dry_run=options.dry_run)
     if options.json:
         print_json({**_plan(plan), "dry_run": options.dry_run})
     else:
-        nothing = "nothing to evict: no limit is set, there is no cache yet, or it is remote and was not named"
-        print_text(nothing if plan is None else plan, options)
+        print_text(f"nothing to evict: {why_nothing_to_evict(max_gb=options.max_gb)}" if plan is None else plan, options)
 
 
 def _plan(plan: EvictPlan | None) -> dict[str, Any]:
@@ -106,6 +117,8 @@ def _clear(options: argparse.Namespace) -> None:
         print_json({"reads_bytes": freed}) if options.json else print(f"{freed} bytes of what was read of remote stores deleted")
         return
     info = cache_info(options.model, store=options.store)
+    if options.model is not None and not info.models and not info.legacy:
+        check_is_stored(open_store(options.store), options.model)
     if info.models and options.store is not None:
         open_store(options.store).check_writable()
     if not options.json:
@@ -131,9 +144,11 @@ def _clear(options: argparse.Namespace) -> None:
             }
         )
         return
-    print(f"{int(count)} entries deleted: {count}")
+    print(f"{count_of(int(count), 'entry', 'entries')} deleted: {count}")
     if info.legacy and not options.legacy:
-        print(f"{sum(model.num_prompts for model in info.legacy)} entries of lmprobe's own remain; --legacy deletes them too")
+        left = sum(model.num_prompts for model in info.legacy)
+        remain = "remains" if left == 1 else "remain"
+        print(f"{count_of(left, 'entry', 'entries')} of lmprobe's own {remain}; --legacy deletes {'it' if left == 1 else 'them'} too")
     if info.reads is not None and info.reads.entries:
         print(f"{info.reads.size_bytes} bytes of what was read of remote stores remain; --reads deletes them")
 

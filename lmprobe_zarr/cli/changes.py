@@ -80,7 +80,7 @@ def _drop(options: argparse.Namespace) -> None:
     what = f"{', '.join(names)}{'' if layers is None else f' in layers {options.layers}'}"
     confirm(options, f"{what} of {group.model} in {store.url} would be deleted permanently.")
     parts = store.drop(options.model, names, layers=layers, group=options.group)
-    print_json({"variables": names, "parts": parts}) if options.json else print(f"{what} deleted from {parts} parts")
+    print_json({"variables": names, "parts": parts}) if options.json else print(f"{what} deleted from {count_of(parts, 'part')}")
 
 
 def add_copy(commands: Any) -> None:

@@ -118,7 +118,7 @@ def _gc(options: argparse.Namespace) -> None:
     summary = store.gc(max_age=options.max_age, dry_run=True)
     count = sum(map(len, (summary.replaced, summary.unfinished, summary.partials, summary.stamps, summary.uploads)))
     if count and not options.dry_run:
-        confirm(options, f"{summary.freed} bytes in {count} entries would be deleted.")
+        confirm(options, f"{summary.freed} bytes in {count_of(count, 'entry', 'entries')} would be deleted.")
         summary = store.gc(max_age=options.max_age)
     print_json(_document(summary, options.dry_run)) if options.json else print_text(summary, options)
 

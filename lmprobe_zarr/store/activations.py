@@ -10,12 +10,14 @@ import numpy as np
 import pandas as pd
 
 from lmprobe_zarr.batch import (
+    HASH_DIGITS,
     HIDDEN_SITES,
     LAYERED_SITES,
     TokenBatch,
     align_columns,
     check_texts,
     given_prompts,
+    hashes_of,
     is_pair,
     parse_column,
     pooled_name_problem,
@@ -23,11 +25,13 @@ from lmprobe_zarr.batch import (
     split_variable,
     with_encoder_texts,
 )
+from lmprobe_zarr.display import count_of
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.log import cache_logger
 from lmprobe_zarr.store.format import GroupInfo, Provenance, validate_column_names
 from lmprobe_zarr.store.named import Model
 from lmprobe_zarr.store.reopen import open_again
-from lmprobe_zarr.store.store import Place
+from lmprobe_zarr.store.store import Place, Store
 from lmprobe_zarr.typing import Array
 
 __all__ = ["write_activations"]
@@ -94,6 +98,8 @@ def write_activations(
     -----
     Arrays may be numpy arrays or torch tensors. bfloat16 is kept exactly, as float32 with ``stored_dtype="bfloat16"``.
     All variables of one call hold the same layers; write others in a second call.
+    Prompts that are stored already are written again: what is given replaces their values and columns of the same names, and all other
+    values and columns stay. The log says how many prompts these are.
     """
     store = open_again(store)
     store.check_writable()
@@ -145,8 +151,27 @@ def write_activations(
         stored_dtype={name: dtype for name, dtype in dtypes.items() if dtype == "bfloat16"},
     )
     info = GroupInfo(model=os.fspath(model), provenance=provenance or {}, num_layers=num_layers, hidden_size=hidden)
+    _log_replaced(store, info, batch)
     store.write(info, batch, recorded={"written_by": "write_activations"})
     return info.name
+
+
+def _log_replaced(store: Store, info: GroupInfo, batch: TokenBatch) -> None:
+    """Log how many prompts have values or columns already that the call replaces."""
+    group = store.groups(whole=False).get(info.name)
+    if group is None:
+        return
+    view = store.view(group, whole=False)
+    given = {f"tokens/{name}" for name in batch.tokens} | {f"prompts/{name}" for name in (*batch.prompts, *batch.prompt_columns)}
+    place = {digest[:HASH_DIGITS]: row for row, digest in enumerate(batch.sha256)}
+    held = np.zeros(len(place), bool)
+    for part in (*view.parts, *view.annotations):
+        arrays = [array for key, array in part.info.arrays.items() if key in given]
+        if any(not array.layered or set(part.info.layers) & set(batch.layers) for array in arrays):
+            held[[place[label] for label in hashes_of(part.info.digests).tolist() if label in place]] = True
+    if held.any():
+        replaced = count_of(int(held.sum()), "prompt")
+        cache_logger().info("[cache] write_activations replaces values or columns of %s in %s", replaced, store.url)
 
 
 def _hidden_size(given: int | None, arrays: Mapping[str, Array]) -> int | None:

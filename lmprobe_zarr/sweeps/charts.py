@@ -132,7 +132,8 @@ def _average_curve(name: str, values: Array, kind: str) -> Series:
 def describe_charts(scores: xr.Dataset) -> str:
     """What was scored, over how many folds, and what bands and dashes mean."""
     attrs = scores.attrs
-    of = " from ".join(str(attrs[name]) for name in ("labels", "variable") if attrs.get(name))
+    named = [f"labels {attrs['labels']!r}"] if attrs.get("labels") else []
+    of = ", ".join([*named, *([f"from {attrs['variable']}"] if attrs.get("variable") else [])])
     folds = scores.sizes.get("fold", 1)
     over = f"Mean of {folds} folds; the band reaches from the lowest to the highest." if folds > 1 else "One fold."
     controls = " Dashed and grey: controls." if "kind" in scores.coords and (scores["kind"].values == "control").any() else ""

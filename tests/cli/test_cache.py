@@ -13,6 +13,7 @@ from command_line import call, call_json
 from stores import GROUP, make_batch
 
 import lmprobe_zarr as lz
+from lmprobe_zarr.errors import ModelNotStoredError
 from lmprobe_zarr.store.store import Store
 
 
@@ -64,7 +65,33 @@ def test_evict_obeys_the_answer(cache: Store, capsys: pytest.CaptureFixture[str]
     assert code == 0
     assert "3 parts of 6 prompts evicted" in out
     assert not lz.cache_info().models
-    assert call(capsys, "evict")[1].startswith("nothing to evict")
+
+
+def test_evict_says_why_there_is_nothing_to_evict(capsys: pytest.CaptureFixture[str]) -> None:
+    place = lz.config.default_name()
+    assert call(capsys, "evict", "--max-gb", "1", "--yes")[:2] == (0, f"nothing to evict: there is no cache yet at {place}\n")
+    lz.open_store().write(GROUP, make_batch(["a"]))
+    no_limit = "nothing to evict: no limit is set: give --max-gb, or set LMPROBE_CACHE_MAX_GB\n"
+    assert call(capsys, "evict", "--yes")[:2] == (0, no_limit)
+    lz.set_cache_limit(0)
+    assert call(capsys, "evict")[1].startswith("nothing to evict: the limit is 0, which stores nothing more and keeps what is stored")
+    lz.set_cache_limit("10 MB")
+    assert call(capsys, "evict", "--yes")[1].startswith("nothing evicted; ")
+    assert call(capsys, "evict", "--dry-run")[1].startswith("nothing would be evicted; ")
+    lz.set_cache_backend("memory://evicted-by-nobody")
+    lz.open_store("memory://evicted-by-nobody/.zarr").write(GROUP, make_batch(["a"]))
+    says = "is remote, and is evicted only when the call names it\n"
+    assert call(capsys, "evict", "--yes")[1].endswith(says)
+
+
+def test_a_model_that_is_not_there_is_not_cleared(cache: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ModelNotStoredError, match=r"model 'acme/toi' is not in .* \(did you mean 'acme/toy'\?\)"):
+        lz.clear_cache("acme/toi")
+    for options in (["--yes"], ["--dry-run"]):
+        code, _, err = call(capsys, "clear", "--model", "acme/toi", *options)
+        assert (code, "did you mean 'acme/toy'?" in err) == (1, True)
+    assert lz.clear_cache("acme/toy") == 3
+    assert lz.clear_cache("acme/toy") == 0, "an empty cache has nothing to clear"
 
 
 def test_evict_as_json(cache: Store, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,7 +149,7 @@ def test_clear_asks_first_and_prints_the_number(cache: Store, capsys: pytest.Cap
 
 
 def test_clear_of_one_model(cache: Store, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call_json(capsys, "clear", "--model", "nobody", "--yes")["deleted"] == 0
+    assert call(capsys, "clear", "--model", "nobody", "--yes", "--json")[0] == 1
     assert call_json(capsys, "clear", "--model", "acme/toy", "--yes")["deleted"] == 3
 
 

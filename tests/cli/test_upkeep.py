@@ -58,6 +58,8 @@ def test_gc_asks_for_confirmation_before_it_deletes(place: str, capsys: pytest.C
     assert (code, out, "--yes" in err) == (1, "", True)
     assert len(call_json(capsys, "gc", place, "--max-age", "0", "--dry-run")["replaced"]) == 3
     assert call_json(capsys, "gc", place)["young"] == 3
+    out = call(capsys, "gc", place, "--dry-run")[1]
+    assert out.endswith("; 3 parts are too young to go: younger than 86400 seconds (--max-age 86400)\n")
     code, out, _ = call(capsys, "gc", place, "--max-age", "0", "--yes")
     assert (code, "3 replaced parts" in out) == (0, True)
     assert len(lz.open_store(place).list_parts(GROUP.name)) == 1

@@ -78,7 +78,8 @@ overrides it. The page about [the cache](caching.md) says what the settings are 
 
 A variable is read when its setting is first needed, and again after `lz.config.reload()`. Importing the package reads none. A setter
 function overrides the variable. Neither applies to a store that a call names with `store=`, except for what is kept of remote
-places (`LMPROBE_CACHE_KEPT_MB`, `LMPROBE_READ_CACHE`). A value that cannot be used is an error that names the variable.
+places (`LMPROBE_CACHE_KEPT_MB`, `LMPROBE_READ_CACHE`). A value that cannot be used is an error that names the variable. A variable
+whose name looks like a mistyped one of these is warned of.
 
 This page is written from `lmprobe_zarr.config.SETTINGS`, by `python tests/docs/reference_pages.py`. `tests/docs/test_reference_pages.py`
 fails if the two differ.

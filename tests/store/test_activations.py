@@ -36,6 +36,23 @@ def test_ones_own_activations_come_back(store: Store) -> None:
     assert data.label.values.tolist() == [1, 0, 1]
 
 
+def test_what_is_written_again_is_counted_in_the_log(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    def said(prompts: list[str], layer: int, **more: Any) -> str:
+        caplog.clear()
+        with caplog.at_level("INFO", "lmprobe_zarr.cache"):
+            lz.write_activations(
+                store, model="m", prompts=prompts, pooled={"resid_mean": {layer: np.ones((len(prompts), 4), "f4")}}, **more
+            )
+        return caplog.text
+
+    assert "replaces" not in said(["a", "b", "c"], 0, coords={"label": [0, 1, 0]})
+    assert "write_activations replaces values or columns of 2 prompts in" in said(["c", "d", "a"], 0)
+    assert "replaces" not in said(["a", "b"], 1), "another layer"
+    assert "replaces values or columns of 1 prompt in" in said(["b"], 2, coords={"label": [1]})
+    store.annotate("m", {"note": {"d": 1}})
+    assert "replaces values or columns of 1 prompt in" in said(["d"], 3, coords={"note": [2]})
+
+
 def test_embeddings_have_no_layer(store: Store) -> None:
     arrays = [np.full((n, 4), n, "f4") for n in COUNTS]
     lz.write_activations(store, model="m", prompts=PROMPTS, activations={"embed": arrays, "resid": ragged()}, pooled=None)

@@ -95,6 +95,7 @@ def test_scores_are_drawn_by_layer_with_their_controls(stored: Store, scores: xr
         assert [value, control] == pytest.approx(mine.values.tolist(), abs=1e-3)
     assert len(cells) == 4
     assert 'class="chart"' in page
+    assert "Labels &#x27;label&#x27;, from resid_mean. Mean of 2 folds" in page
     stored.publish(tmp_path / "without")
     assert 'class="chart"' not in published(tmp_path / "without")
 

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from lmprobe_zarr.batch import decode_role_names, keys_of
-from lmprobe_zarr.display import format_bytes, progress_bar
+from lmprobe_zarr.display import count_of, format_bytes, progress_bar
 from lmprobe_zarr.errors import InvalidArgumentError, PartGoneError
 from lmprobe_zarr.log import LOGGER_NAME
 from lmprobe_zarr.storage import Storage, run_all
@@ -93,7 +93,8 @@ class CompactPlan:
         return sum(run.nbytes for run in self.runs)
 
     def __str__(self) -> str:
-        text = f"{self.url}: {self.parts} parts become {self.parts_after}, {format_bytes(self.nbytes)} written again"
+        become = "becomes" if self.parts == 1 else "become"
+        text = f"{self.url}: {count_of(self.parts, 'part')} {become} {self.parts_after}, {format_bytes(self.nbytes)} written again"
         upgraded = sum(len(run.parts) == 1 for run in self.runs)
         if upgraded:
             text += f"; {upgraded} of them only change their format"

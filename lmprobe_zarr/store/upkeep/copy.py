@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmprobe_zarr.batch import keys_of
-from lmprobe_zarr.display import format_bytes, progress_bar
+from lmprobe_zarr.display import count_of, format_bytes, progress_bar
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError
 from lmprobe_zarr.storage import Storage, run_all
 from lmprobe_zarr.store.format import ANNOTATIONS, LEVELS, GroupInfo, Level, is_intact, is_variable, replacement_name
@@ -59,8 +59,9 @@ class CopySummary:
     nbytes: int = 0
 
     def __str__(self) -> str:
-        text = f"{self.url}: {self.copied} parts copied, {self.rewritten} written for what was missing, {format_bytes(self.nbytes)}"
-        return f"{text}; {self.there} were there"
+        text = f"{self.url}: {count_of(self.copied, 'part')} copied, {self.rewritten} written for what was missing, "
+        text += format_bytes(self.nbytes)
+        return f"{text}; {self.there} {'was' if self.there == 1 else 'were'} there"
 
     def __add__(self, other: CopySummary) -> CopySummary:
         return CopySummary(

@@ -129,7 +129,8 @@ class EvictPlan:
         what = f"{count_of(parts, 'part')} of {count_of(self.prompts, 'prompt')}"
         what += f" and {count_of(notes, 'annotation')}" if notes else ""
         would = "would be " if self.dry_run else ""
-        text = f"{what} {would}evicted, {format_bytes(self.freed)} {would}freed; {format_bytes(self.kept)} {would}kept, "
+        done = f"{what} {would}evicted, {format_bytes(self.freed)} {would}freed" if self.entries else f"nothing {would}evicted"
+        text = f"{done}; {format_bytes(self.kept)} {would}kept, "
         text += f"limit {format_bytes(self.limit)}"
         if not self.fits:
             why = [

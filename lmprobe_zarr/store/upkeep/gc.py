@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from lmprobe_zarr.display import format_bytes
+from lmprobe_zarr.display import count_of, format_bytes
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, PartGoneError
 from lmprobe_zarr.storage import FileInfo, Storage, StrayUpload
 from lmprobe_zarr.store.format import ANNOTATIONS, BLOCK_TABLE, CHUNK_TABLE, COMMITS, LEVELS, PART_NAME, STAMPS, GroupInfo
@@ -71,6 +71,8 @@ class GcSummary:
         Replaced and unfinished parts that stay because they, or what replaced them, are not old enough.
     uploads : tuple of StrayUpload
         Uploads to an object store that killed writers began and never finished. What they hold is not counted as freed.
+    max_age : float
+        Seconds; what is younger stays.
     """
 
     url: str
@@ -81,13 +83,19 @@ class GcSummary:
     freed: int
     young: int
     uploads: tuple[StrayUpload, ...] = ()
+    max_age: float = 0.0
 
     def __str__(self) -> str:
-        text = f"{self.url}: {len(self.replaced)} replaced parts, {len(self.unfinished)} unfinished ones"
-        text += f" and {len(self.partials) + len(self.stamps)} single files, {format_bytes(self.freed)}"
+        text = f"{self.url}: {count_of(len(self.replaced), 'replaced part')}, {count_of(len(self.unfinished), 'unfinished part')}"
+        text += f" and {count_of(len(self.partials) + len(self.stamps), 'single file')}, {format_bytes(self.freed)}"
         if self.uploads:
-            text += f"; and {len(self.uploads)} unfinished upload{'s' if len(self.uploads) > 1 else ''}"
-        return text + (f"; {self.young} are too young to go" if self.young else "")
+            text += f"; and {count_of(len(self.uploads), 'unfinished upload')}"
+        if self.young:
+            are = "is" if self.young == 1 else "are"
+            text += (
+                f"; {count_of(self.young, 'part')} {are} too young to go: younger than {self.max_age:g} seconds (max_age={self.max_age:g})"
+            )
+        return text
 
 
 def plan_gc(storage: Storage, groups: Iterable[tuple[GroupInfo, Listing]], *, max_age: float) -> GcSummary:
@@ -118,6 +126,7 @@ def plan_gc(storage: Storage, groups: Iterable[tuple[GroupInfo, Listing]], *, ma
         freed=sum(planned.freed for planned in found),
         young=sum(planned.young for planned in found),
         uploads=tuple(_old_uploads(storage, [group.name for group, _ in planned_groups], before)),
+        max_age=max_age,
     )
 
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lmprobe_zarr.display import format_bytes, shortened
+from lmprobe_zarr.display import count_of, format_bytes, shortened
 
 __all__ = ["OddValues", "Problem", "ProblemKind", "VerifySummary"]
 
 
 ProblemKind = Literal["missing", "size", "content", "document", "version", "unreadable"]
+
+
+def describe_odd(not_finite: int, blank: int) -> str:
+    """Values that are not finite and rows of zeros, counted."""
+    values = f"{count_of(not_finite, 'value')} {'is' if not_finite == 1 else 'are'} not finite"
+    return f"{values}, {count_of(blank, 'row')} {'is' if blank == 1 else 'are'} all zeros"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +74,7 @@ class OddValues:
     blank: int
 
     def __str__(self) -> str:
-        return f"{self.variable} of {self.part}: {self.not_finite} values are not finite, {self.blank} rows are all zeros"
+        return f"{self.variable} of {self.part}: {describe_odd(self.not_finite, self.blank)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,18 +138,21 @@ class VerifySummary:
         how = "every checksum" if self.full else "documents and sizes only"
         lines = [
             f"store     {self.url}",
-            f"checked   {how}: {self.parts} parts and {self.annotations} annotations in {self.groups} groups, {self.files} files, "
+            f"checked   {how}: {count_of(self.parts, 'part')} and {count_of(self.annotations, 'annotation')} in "
+            f"{count_of(self.groups, 'group')}, {count_of(self.files, 'file')}, "
             f"{format_bytes(self.nbytes)}, in {self.seconds:.1f} s",
             f"problems  {len(self.problems) or 'none'}",
             *shortened(self.problems),
         ]
         if self.odd:
             lines += [
-                f"values    {self.not_finite} are not finite, {self.blank} rows are all zeros; they were written so",
+                f"values    {describe_odd(self.not_finite, self.blank)}; they were written so",
                 *shortened(self.odd),
             ]
         if self.uncounted:
-            lines.append(f"          {self.uncounted} parts are older than the counting of such values, and were not read")
+            are = "is" if self.uncounted == 1 else "are"
+            read = "was" if self.uncounted == 1 else "were"
+            lines.append(f"          {count_of(self.uncounted, 'part')} {are} older than the counting of such values, and {read} not read")
         if self.unfinished:
-            lines.append(f"unfinished {self.unfinished} folders without a commit: being written, or garbage for gc()")
+            lines.append(f"unfinished {count_of(self.unfinished, 'folder')} without a commit: being written, or garbage for gc()")
         return "\n".join(lines)

@@ -742,7 +742,7 @@ def test_values_that_are_no_numbers_and_blank_rows_are_counted_as_they_are_writt
         assert summary.ok, "they were written so: no damage"
         assert (summary.not_finite, summary.blank, summary.uncounted) == (3, 4, 0)
         assert {odd.variable: (odd.not_finite, odd.blank) for odd in summary.odd} == {"tokens/resid": (2, 2), "prompts/resid_mean": (1, 2)}
-        assert "3 are not finite, 4 rows are all zeros" in str(summary)
+        assert "3 values are not finite, 4 rows are all zeros" in str(summary)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
