@@ -251,21 +251,22 @@ class _StopError(BaseException):
     """Stands for whatever ends a process."""
 
 
-def stopped_after(monkeypatch: pytest.MonkeyPatch, batches: int, model: Path, store: Path, **options: Any) -> None:
-    """A run that ends after so many batches, of all blocks together."""
+def stopped_after(monkeypatch: pytest.MonkeyPatch, batches: int, model: Path, store: Path, **options: Any) -> str:
+    """A run that ends after so many batches, of all blocks together, as after Ctrl-C; returns what it says."""
     collect, calls = Job.collect, 0
 
     def counting(*given: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls > batches:
-            raise _StopError
+            raise KeyboardInterrupt
         return collect(*given)
 
     with monkeypatch.context() as patch:
         patch.setattr(Job, "collect", counting)
-        with pytest.raises(_StopError):
+        with pytest.raises(KeyboardInterrupt) as caught:
             run(model, store, **options)
+    return "\n".join(getattr(caught.value, "__notes__", ()))
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> int:
@@ -287,7 +288,9 @@ def test_a_stopped_run_goes_on_with_its_block(llama: Path, tmp_path: Path, monke
     options: dict[str, Any] = {"batch_prompts": 1, "perplexity": True, "keep_tokens": True}
     run(llama, tmp_path / "plain", weights="loaded", **options)
     store, n = tmp_path / "streamed", len(PROMPTS)
-    stopped_after(monkeypatch, 2 * n + 3, llama, store, **options)
+    said = stopped_after(monkeypatch, 2 * n + 3, llama, store, **options)
+    assert re.search(r"^2 of 5 passes are done and kept in .*streamed.*: the same call goes on after them$", said, re.MULTILINE)
+    assert f"interrupted: 0 of {n} prompts are stored; the same call goes on from there" in said
     assert not lz.open_store(store).models()
     assert [path.name for path in left_beside(store) if path.name.startswith("pass-")] == ["pass-0000.json", "pass-0001.json"]
     stopped_after(monkeypatch, n, llama, store, **options)

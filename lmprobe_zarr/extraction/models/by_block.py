@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -48,6 +49,17 @@ class _TooLargeError(Exception):
 
 class _NotKnownError(Exception):
     """The stored rows of a batch cannot be gone on from."""
+
+
+@contextmanager
+def _noting_passes(scratch: Scratch, passes: int) -> Iterator[None]:
+    """Note on Ctrl-C how many passes are done: they are kept, although no prompt may be stored yet."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if scratch.passes:
+            error.add_note(f"{scratch.passes} of {passes} passes are done and kept in {scratch.folder}: the same call goes on after them")
+        raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +254,7 @@ class _Run:
         weights = FiniteWeights(self.job.loaded)
         for number in range(scratch.passes):
             self._advance(number, len(passes), np.concatenate(batches))
-        with self.streamed.reading():
+        with self.streamed.reading(), _noting_passes(scratch, len(passes)):
             for number in range(scratch.passes, len(passes)):
                 now, following = passes[number].block, next((each.block for each in passes[number + 1 : number + 2]), None)
                 if now is not None:
