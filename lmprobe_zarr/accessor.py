@@ -587,7 +587,8 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
         metrics : str or iterable of str, optional
             Names of scores; all of them if not given.
         intervals : Dataset, optional
-            From `lmprobe_zarr.confidence_intervals`. Without it the interval is the standard deviation over the folds, and over the seeds.
+            From `lmprobe_zarr.confidence_intervals`. Without it the interval is the standard deviation over the folds, and over the seeds;
+            for labels that were shuffled many times, over the shuffles.
         format : {"markdown", "latex", "csv"}, optional
             None for a DataFrame, or for the format of `path`. A LaTeX table is a plain ``tabular``.
         path : str or path, optional

@@ -12,12 +12,17 @@ from typing import Any, Final
 
 import xarray as xr
 
-__all__ = ["add_p_values", "describe_shuffles", "is_of_shuffles", "shuffled_attributes", "shuffled_name"]
+__all__ = [
+    "add_p_values", "count_shuffles", "describe_shuffles", "describe_spread", "is_of_many_shuffles", "is_of_shuffles",
+    "shuffled_attributes", "shuffled_name", "spread_of_shuffles",
+]  # fmt: skip
 
 #: The attribute of every variable that this module makes.
 _SHUFFLES: Final = "shuffles"
 #: Means over folds differ by rounding where the scores are equal.
 _ROUNDING: Final = 1e-12
+#: Begins the name of the control of a probe.
+_CONTROL: Final = "shuffled_labels:"
 
 
 def shuffled_name(metric: str) -> str:
@@ -28,6 +33,51 @@ def shuffled_name(metric: str) -> str:
 def is_of_shuffles(variable: xr.DataArray) -> bool:
     """Whether a variable holds scores of many shuffles, or a statistic of them, and so is no score of its own."""
     return _SHUFFLES in variable.attrs
+
+
+def is_of_many_shuffles(scores: xr.Dataset, metric: str, probe: Any) -> bool:
+    """Whether the score of a control is a mean over many shuffles, so that its spread over the folds says nothing of a single one."""
+    return shuffled_name(metric) in scores and str(probe).startswith(_CONTROL)
+
+
+def spread_of_shuffles(scores: xr.Dataset, metric: str) -> xr.DataArray | None:
+    """The standard deviation over the shuffles (of all seeds), at the control that is their mean.
+
+    Parameters
+    ----------
+    scores : Dataset
+        With the dim ``probe``.
+    metric : str
+
+    Returns
+    -------
+    DataArray or None
+        Over the dims of the metric without ``fold`` and ``seed``; NaN for everything else, and for a control whose probe is not there.
+        None where labels were not shuffled many times.
+    """
+    name = shuffled_name(metric)
+    if name not in scores or not {"probe", "shuffle"} <= set(scores[name].dims):
+        return None
+    drawn = scores[name]
+    over = [dim for dim in ("shuffle", "seed") if dim in drawn.dims]
+    known = drawn.notnull().any(over)
+    spread = drawn.where(known, 0.0).std(over).where(known)
+    spread = spread.drop_vars([coord for coord in ("kind", "control") if coord in spread.coords])
+    return spread.assign_coords(probe=[f"{_CONTROL}{probe}" for probe in spread["probe"].values]).reindex(probe=scores["probe"].values)
+
+
+def count_shuffles(scores: xr.Dataset) -> str:
+    """How many shuffles there are, in words."""
+    seeds = scores.sizes.get("seed", 1)
+    return f"{scores.sizes['shuffle']} shuffles" + (f" and {seeds} seeds" if seeds > 1 else "")
+
+
+def describe_spread(scores: xr.Dataset, metrics: Iterable[str]) -> list[str]:
+    """A sentence on what ± means for the control; none where labels were not shuffled many times, or the control is not there."""
+    spreads = [spread for metric in metrics if (spread := spread_of_shuffles(scores, metric)) is not None]
+    if not any(bool(spread.notnull().any()) for spread in spreads):
+        return []
+    return [f"{_CONTROL.rstrip(':')}: ± over its {count_shuffles(scores)}, of which each counts by its mean over the folds."]
 
 
 def shuffled_attributes(long_name: str, n: int, *, larger_is_better: bool) -> dict[str, Any]:

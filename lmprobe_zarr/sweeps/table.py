@@ -22,7 +22,7 @@ import xarray as xr
 from lmprobe_zarr.batch import list_names
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.interchange import read_list
-from lmprobe_zarr.sweeps.shuffles import is_of_shuffles
+from lmprobe_zarr.sweeps.shuffles import count_shuffles, describe_spread, is_of_many_shuffles, is_of_shuffles, spread_of_shuffles
 from lmprobe_zarr.tokens import is_inner_dim
 from lmprobe_zarr.typing import Array
 
@@ -103,6 +103,8 @@ class _Cell:
     lower: str = ""
     upper: str = ""
     note: str = ""
+    #: What the half width is over, where that is neither folds nor seeds.
+    over: str = ""
 
     @property
     def is_number(self) -> bool:
@@ -119,6 +121,8 @@ class _Layout:
     cells: tuple[tuple[_Cell, ...], ...]
     caption: str
     over: str
+    #: Remarks, each a line of its own below the caption.
+    notes: tuple[str, ...] = ()
 
     @property
     def has_metrics(self) -> bool:
@@ -159,11 +163,12 @@ def layout_scores(
         flat = flat.reshape(len(rows), len(labels), -1)
         missing = _missing(data, dims, over, repeated).reshape(len(rows), len(labels))
         limits = None if bounds is None else _limits(bounds, name, values[name], dims, over)
+        spreads = _spreads(data, name, labels, dims, len(rows))
         blocks.append(
             [
                 [
-                    _cell(flat[row, column], missing[row, column], None if limits is None else limits[:, row, column])
-                    for column in range(len(labels))
+                    _cell(flat[at], missing[at], None if limits is None else limits[:, *at], spreads.get(at))
+                    for at in ((row, column) for column in range(len(labels)))
                 ]
                 for row in range(len(rows))
             ]
@@ -187,6 +192,7 @@ def layout_scores(
         cells=tuple(tuple(cell for block in blocks for cell in block[row]) for row in range(len(rows))),
         caption=caption,
         over=over,
+        notes=tuple(describe_spread(data, names) if over == "probe" else ()),
     )
 
 
@@ -257,7 +263,26 @@ def _limits(bounds: Any, metric: str, values: xr.DataArray, dims: list[str], ove
     return np.stack([held.sel(bound=bound).transpose(*wanted).values.reshape(rows, -1) for bound in ("lower", "upper")])
 
 
-def _cell(values: Array, missing: str, limits: Array | None) -> _Cell:
+@dataclass(frozen=True, slots=True)
+class _Spread:
+    """The deviation of a mean over many shuffles, NaN where it is not known, and what it is over."""
+
+    value: float
+    over: str
+
+
+def _spreads(data: xr.Dataset, metric: str, labels: list[Any], dims: list[str], n_rows: int) -> dict[tuple[int, int], _Spread]:
+    """The spread over the shuffles by row and column, for the columns of controls of many shuffles."""
+    columns = [column for column, label in enumerate(labels) if is_of_many_shuffles(data, metric, label)]
+    held = spread_of_shuffles(data, metric) if columns else None
+    if held is None:
+        return {}
+    values = held.transpose(*dims, "probe").values.reshape(n_rows, -1)
+    over = count_shuffles(data)
+    return {(row, column): _Spread(float(values[row, column]), over) for row in range(n_rows) for column in columns}
+
+
+def _cell(values: Array, missing: str, limits: Array | None, of_shuffles: _Spread | None = None) -> _Cell:
     finite = values[np.isfinite(values)]
     if not len(finite):
         infinite = bool(np.isinf(values).any())
@@ -267,10 +292,12 @@ def _cell(values: Array, missing: str, limits: Array | None) -> _Cell:
     if limits is not None and np.isfinite(limits).all():
         places = _decimals(float(limits[1] - limits[0]) / 2)
         return _Cell(_rounded(mean, places), "", _rounded(float(limits[0]), places), _rounded(float(limits[1]), places), note)
-    if limits is None and len(finite) > 1:
-        spread = float(finite.std())
-        places = _decimals(spread)
-        return _Cell(_rounded(mean, places), _rounded(spread, places), note=note)
+    if of_shuffles is not None or (limits is None and len(finite) > 1):
+        spread = float(finite.std()) if of_shuffles is None else of_shuffles.value
+        if math.isfinite(spread):
+            places = _decimals(spread)
+            over = "" if of_shuffles is None else of_shuffles.over
+            return _Cell(_rounded(mean, places), _rounded(spread, places), note=note, over=over)
     return _Cell(_rounded(mean, _DECIMALS), note=note)
 
 
@@ -313,7 +340,7 @@ def _as_frame(layout: _Layout) -> pd.DataFrame:
     else:
         columns = pd.Index([label for _, label in layout.columns], name=layout.over or None)
     frame = pd.DataFrame([[_plain(cell) for cell in row] for row in layout.cells], index=index, columns=columns)
-    frame.attrs["caption"] = layout.caption
+    frame.attrs["caption"] = "\n".join([layout.caption, *layout.notes])
     return frame
 
 
@@ -322,7 +349,8 @@ def _as_markdown(layout: _Layout) -> str:
     lines = [_markdown_row(map(_escape_markdown, heads)), _markdown_row(["---"] * len(layout.index) + ["---:"] * len(layout.columns))]
     for labels, cells in zip(layout.rows, layout.cells, strict=True):
         lines.append(_markdown_row([*(_escape_markdown(str(label)) for label in labels), *map(_plain, cells)]))
-    return "\n".join(lines) + f"\n\n{layout.caption}\n"
+    notes = [f"* {_escape_markdown(note)}" for note in layout.notes]
+    return "\n".join([*lines, "", layout.caption, *([""] if notes else []), *notes, ""])
 
 
 def _markdown_row(cells: Iterable[str]) -> str:
@@ -337,7 +365,8 @@ def _escape_markdown(text: str) -> str:
 
 
 def _as_latex(layout: _Layout) -> str:
-    lines = [f"% {_in_a_line(layout.caption)}", rf"\begin{{tabular}}{{{'l' * len(layout.index)}{'r' * len(layout.columns)}}}", r"\hline"]
+    lines = [f"% {_in_a_line(remark)}" for remark in (layout.caption, *layout.notes)]
+    lines += [rf"\begin{{tabular}}{{{'l' * len(layout.index)}{'r' * len(layout.columns)}}}", r"\hline"]
     if layout.has_metrics:
         counts: dict[str, int] = {}
         for metric, _ in layout.columns:
@@ -380,7 +409,8 @@ def _as_csv(layout: _Layout) -> str:
         column = [row[number] for row in layout.cells]
         shown: list[tuple[str, Callable[[_Cell], str]]] = [("", lambda cell: cell.value)]
         if any(cell.spread for cell in column):
-            shown.append((" ±", lambda cell: cell.spread))
+            over = next((cell.over for cell in column if cell.over), "")
+            shown.append((f" ± over {over}" if over else " ±", lambda cell: cell.spread))
         if any(cell.lower for cell in column):
             shown += [(" lower", lambda cell: cell.lower), (" upper", lambda cell: cell.upper)]
         if any(cell.note for cell in column):

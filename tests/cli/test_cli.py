@@ -326,6 +326,14 @@ def test_sweep_shuffles_as_often_as_the_control_says_and_shows_p_values(stored: 
     lines = call(capsys, *options)[1].splitlines()[1:]
     assert f"p={probe['accuracy_p_value']:.2g}" in lines[1]
     assert "p=" not in lines[2]
+    # The control is a mean of shuffles, and its spread is theirs.
+    drawn = lz.sweep(
+        lz.open_store(stored).dataset(layers=[0]).resid_mean, "label", cv=2, controls={"majority": None, "shuffled_labels": 4}
+    ).accuracy_shuffled.values[0, 0]
+    shuffled = next(row for row in controls if row["probe"].startswith("shuffled_labels"))
+    assert shuffled["accuracy_std"] == pytest.approx(np.std(drawn))
+    assert f"{np.mean(drawn):.3f} ± {np.std(drawn):.3f}" in next(line for line in lines if "shuffled_labels:" in line)
+    assert any(line.startswith("shuffled_labels: ± over its 4 shuffles") for line in lines)
     counted = call_json(capsys, *options[:-1], "bag_of_tokens")["scores"]
     assert [row["probe"] for row in counted] == ["logistic_regression", "bag_of_tokens"]
 

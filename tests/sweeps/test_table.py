@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 
+import lmprobe_zarr as lz
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.sweeps.table import _decimals, _rounded
 
@@ -155,6 +156,48 @@ def test_scores_of_tokens_have_a_row_for_each_token() -> None:
     assert table[0].tolist() == ["0.500", "-1.250", "3.000"]
     assert table[4].tolist() == ["1.000", "2.000", "NaN"]
     assert scores.lz.table(format="latex").splitlines()[6] == r"ab & 1 & b & $-1.250$ & $2.000$ \\"
+
+
+# -- shuffles ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shuffled() -> xr.Dataset:
+    """Three layers, two probes, and twenty shuffles of the labels."""
+    rng = np.random.default_rng(0)
+    y = np.arange(40) % 2
+    x = rng.normal(size=(3, 40, 6)).astype("f4")
+    x[1, :, 0] += 1.2 * y
+    coords = {"layer": range(3), "prompt": [f"p{i}" for i in range(40)], "label": ("prompt", y)}
+    array = xr.DataArray(x, dims=("layer", "prompt", "hidden"), coords=coords)
+    return lz.sweep(array, "label", ["ridge", "mass_mean"], controls={"shuffled_labels": 20, "majority": None}, scheduler="synchronous")
+
+
+SHUFFLED = "shuffled_labels: ± over its 20 shuffles, of which each counts by its mean over the folds."
+
+
+def test_a_mean_over_many_shuffles_has_the_spread_of_the_shuffles(shuffled: xr.Dataset) -> None:
+    table = shuffled.lz.table("accuracy")
+    for number, probe in enumerate(("ridge", "mass_mean")):
+        drawn = shuffled.accuracy_shuffled.values[:, number]
+        for cell, row in zip(table[f"shuffled_labels:{probe}"], drawn, strict=True):
+            mean, spread = cell.split(" ± ")
+            # A mean in the middle of two decimals is rounded either way.
+            assert float(mean) == pytest.approx(np.mean(row), abs=0.5001 * 10.0 ** -_decimals(float(np.std(row))))
+            assert spread == _rounded(float(np.std(row)), _decimals(float(np.std(row))))
+        folds = shuffled.accuracy.values[:, number]
+        spreads = [float(np.std(row)) for row in folds]
+        assert [cell.split(" ± ")[1] for cell in table[probe]] == [_rounded(spread, _decimals(spread)) for spread in spreads]
+    assert table.attrs["caption"].splitlines()[:2] == ["Mean ± standard deviation over 5 folds.", SHUFFLED]
+    escaped = SHUFFLED.replace("_", r"\_")
+    assert f"* {escaped}\n" in shuffled.lz.table("accuracy", format="markdown")
+    assert f"% {SHUFFLED}\n" in shuffled.lz.table("accuracy", format="latex")
+    (first, *_) = csv.DictReader(io.StringIO(shuffled.lz.table("accuracy", format="csv")))
+    assert first["shuffled_labels:ridge ± over 20 shuffles"] == table["shuffled_labels:ridge"][0].split(" ± ")[1]
+    # A control whose probe was selected away has no spread that is known.
+    alone = shuffled.sel(probe=["shuffled_labels:ridge", "majority"]).lz.table("accuracy")
+    assert alone["shuffled_labels:ridge"].tolist() == [f"{value:.3f}" for value in shuffled.accuracy.values[:, 2].mean(axis=1)]
+    assert alone.attrs["caption"] == "Mean ± standard deviation over 5 folds."
 
 
 # -- formats ---------------------------------------------------------------------------------------------------------------
