@@ -601,7 +601,9 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
             as many decimals. "not stored" is a score that was never fitted, such as that of a layer that a variable lacks; "not finite"
             is a score that is NaN or infinite in every fold, and the attribute ``nan_reasons`` says why; "not tested" are datasets of
             `lmprobe_zarr.sweep_transfer` with no other prompts. ``(4 of 5)`` says that only so many folds have a finite score.
-            In CSV the mean and the numbers of the interval have columns of their own.
+            In CSV the mean and the numbers of the interval have columns of their own. Where labels were shuffled many times, the column
+            after that of a probe has its p-values, and the caption, ``attrs["caption"]`` of a DataFrame, that of the best layer; in CSV
+            ``p any layer`` is a column.
 
         Raises
         ------

@@ -70,7 +70,7 @@ def add_sweep(commands: Any) -> None:
 def _sweep(options: argparse.Namespace) -> None:
     from lmprobe_zarr.plots import plot_scores, save_plot
     from lmprobe_zarr.sweeps import plan_sweep, sweep, table_of_scores
-    from lmprobe_zarr.sweeps.shuffles import describe_spread
+    from lmprobe_zarr.sweeps.shuffles import describe_p_values, describe_spread
 
     _check_places(options)
     data, variable, controls = _chosen(options)
@@ -101,7 +101,7 @@ def _sweep(options: argparse.Namespace) -> None:
     else:
         print(_heading(scores, variable, options))
         _print_table(rows, metrics)
-        for note in describe_spread(scores, metrics):
+        for note in (*describe_spread(scores, metrics), *describe_p_values(scores, metrics)):
             print(note)
         if "chosen" in scores.attrs:
             print(f"chosen: {scores.attrs['chosen']}")
@@ -201,7 +201,8 @@ def _rows(scores: xr.Dataset, metrics: list[str]) -> list[dict[str, Any]]:
         for metric in metrics:
             shuffled = is_of_many_shuffles(scores, metric, probe)
             row[f"{metric}_std"] = float((of_shuffles if shuffled else spread)[metric].sel(at))
-        p_values = {name: scores[name].sel(at).item() for metric in metrics if (name := f"{metric}_p_value") in scores}
+        tested = [f"{metric}_{which}" for metric in metrics for which in ("p_value", "p_any_layer")]
+        p_values = {name: scores[name].sel(at).item() for name in tested if name in scores}
         row |= {name: value for name, value in p_values.items() if value == value}
         for dim in ("layer", "probe"):
             if f"chosen_{dim}" in scores:

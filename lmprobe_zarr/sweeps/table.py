@@ -22,7 +22,14 @@ import xarray as xr
 from lmprobe_zarr.batch import list_names
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.interchange import read_list
-from lmprobe_zarr.sweeps.shuffles import count_shuffles, describe_spread, is_of_many_shuffles, is_of_shuffles, spread_of_shuffles
+from lmprobe_zarr.sweeps.shuffles import (
+    count_shuffles,
+    describe_p_values,
+    describe_spread,
+    is_of_many_shuffles,
+    is_of_shuffles,
+    spread_of_shuffles,
+)
 from lmprobe_zarr.tokens import is_inner_dim
 from lmprobe_zarr.typing import Array
 
@@ -58,8 +65,9 @@ def table_of_scores(
     if format is not None and (not isinstance(format, str) or format not in _WRITERS):
         known = ", ".join(map(repr, _WRITERS))
         raise InvalidArgumentError(f"format={format!r:.60} is unknown: use one of {known}, or None for a DataFrame")
-    layout = layout_scores(scores, metrics, intervals)
     written = format or kind
+    # A CSV file has no place for remarks.
+    layout = layout_scores(scores, metrics, intervals, any_layer=written == "csv")
     if written is None:
         return _as_frame(layout)
     text = _WRITERS[written](layout)
@@ -108,7 +116,7 @@ class _Cell:
 
     @property
     def is_number(self) -> bool:
-        return self.value not in {NOT_STORED, NOT_FINITE, NOT_TESTED, _UNKNOWN}
+        return self.value not in {"", NOT_STORED, NOT_FINITE, NOT_TESTED, _UNKNOWN}
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +143,13 @@ class _Layout:
 
 
 def layout_scores(
-    scores: xr.Dataset | xr.DataArray, metrics: str | Iterable[str] | None = None, intervals: xr.Dataset | None = None
+    scores: xr.Dataset | xr.DataArray,
+    metrics: str | Iterable[str] | None = None,
+    intervals: xr.Dataset | None = None,
+    *,
+    any_layer: bool = False,
 ) -> _Layout:
-    """Rows, columns and cells of a table.
+    """Rows, columns and cells of a table; with `any_layer` also a column with the p-value among the best layers of all shuffles.
 
     Raises
     ------
@@ -157,22 +169,26 @@ def layout_scores(
         raise InvalidArgumentError(f"{differ[0]!r} has other dims than {names[0]!r}: make a table of each")
     labels = list(first[over].values.tolist()) if over and over in first.coords else [""]
     index, rows = _rows(first, dims)
-    blocks = []
+    blocks: list[list[list[_Cell]]] = []
+    columns: list[tuple[str, Any]] = []
     for name in names:
         flat = values[name].transpose(*dims, *([over] if over else []), *repeated).values
         flat = flat.reshape(len(rows), len(labels), -1)
         missing = _missing(data, dims, over, repeated).reshape(len(rows), len(labels))
         limits = None if bounds is None else _limits(bounds, name, values[name], dims, over)
         spreads = _spreads(data, name, labels, dims, len(rows))
-        blocks.append(
-            [
-                [
-                    _cell(flat[at], missing[at], None if limits is None else limits[:, *at], spreads.get(at))
-                    for at in ((row, column) for column in range(len(labels)))
-                ]
-                for row in range(len(rows))
-            ]
-        )
+        p_values = _p_values(data, name, labels, dims, len(rows), any_layer=any_layer) if over == "probe" else {}
+        block: list[list[_Cell]] = [[] for _ in rows]
+        for column, label in enumerate(labels):
+            columns.append((name, label))
+            for row, cells in enumerate(block):
+                at = row, column
+                cells.append(_cell(flat[at], missing[at], None if limits is None else limits[:, row, column], spreads.get(at)))
+            for title, shown in p_values.get(column, {}).items():
+                columns.append((name, title))
+                for cells, text in zip(block, shown, strict=True):
+                    cells.append(_Cell(text))
+        blocks.append(block)
     n = int(np.prod([first.sizes[dim] for dim in repeated], dtype=int))
     counted = " and ".join(f"{first.sizes[dim]} {dim}{'s' * (first.sizes[dim] != 1)}" for dim in repeated)
     level = None if bounds is None else bounds.attrs.get("level")
@@ -188,11 +204,11 @@ def layout_scores(
     return _Layout(
         index=index,
         rows=tuple(rows),
-        columns=tuple((name, label) for name in names for label in labels),
+        columns=tuple(columns),
         cells=tuple(tuple(cell for block in blocks for cell in block[row]) for row in range(len(rows))),
         caption=caption,
         over=over,
-        notes=tuple(describe_spread(data, names) if over == "probe" else ()),
+        notes=(*describe_spread(data, names), *describe_p_values(data, names)) if over == "probe" else (),
     )
 
 
@@ -280,6 +296,21 @@ def _spreads(data: xr.Dataset, metric: str, labels: list[Any], dims: list[str], 
     values = held.transpose(*dims, "probe").values.reshape(n_rows, -1)
     over = count_shuffles(data)
     return {(row, column): _Spread(float(values[row, column]), over) for row in range(n_rows) for column in columns}
+
+
+def _p_values(
+    data: xr.Dataset, metric: str, labels: list[Any], dims: list[str], n_rows: int, *, any_layer: bool
+) -> dict[int, dict[str, list[str]]]:
+    """The columns of p-values, by their titles, that follow the column of a probe; none of scores of several seeds, each with its own."""
+    found: dict[int, dict[str, list[str]]] = {}
+    for name, title in ((f"{metric}_p_value", "p"), (f"{metric}_p_any_layer", "p any layer")):
+        if name not in data or set(data[name].dims) != {*dims, "probe"} or (title != "p" and not any_layer):
+            continue
+        values = data[name].transpose(*dims, "probe").values.reshape(n_rows, -1)
+        for column in np.flatnonzero(np.isfinite(values).any(axis=0)).tolist():
+            shown = [f"{value:.2g}" if math.isfinite(value) else "" for value in values[:, column].tolist()]
+            found.setdefault(column, {})[f"{labels[column]} {title}"] = shown
+    return found
 
 
 def _cell(values: Array, missing: str, limits: Array | None, of_shuffles: _Spread | None = None) -> _Cell:

@@ -334,7 +334,13 @@ def test_sweep_shuffles_as_often_as_the_control_says_and_shows_p_values(stored: 
     assert shuffled["accuracy_std"] == pytest.approx(np.std(drawn))
     assert f"{np.mean(drawn):.3f} ± {np.std(drawn):.3f}" in next(line for line in lines if "shuffled_labels:" in line)
     assert any(line.startswith("shuffled_labels: ± over its 4 shuffles") for line in lines)
-    counted = call_json(capsys, *options[:-1], "bag_of_tokens")["scores"]
+    assert "p: the permutation p-value of each layer by itself; of 4 shuffles it is at least 1/5 = 0.2." in lines
+    options[options.index("--layers") + 1] = "0,1,3"
+    rows = [row for row in call_json(capsys, *options)["scores"] if row["kind"] == "probe"]
+    best = max(rows, key=lambda row: row["accuracy"])
+    said = next(line for line in call(capsys, *options)[1].splitlines() if line.startswith("p of the best of 3 layers"))
+    assert f"logistic_regression: accuracy at layer {best['layer']} has p = {best['accuracy_p_any_layer']:.2g}" in said
+    counted = call_json(capsys, *options[:-1], "bag_of_tokens")["scores"][:2]
     assert [row["probe"] for row in counted] == ["logistic_regression", "bag_of_tokens"]
 
 

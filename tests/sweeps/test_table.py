@@ -200,6 +200,34 @@ def test_a_mean_over_many_shuffles_has_the_spread_of_the_shuffles(shuffled: xr.D
     assert alone.attrs["caption"] == "Mean ± standard deviation over 5 folds."
 
 
+def test_p_values_are_a_column_and_that_of_the_best_layer_a_remark(shuffled: xr.Dataset) -> None:
+    table = shuffled.lz.table("accuracy")
+    assert table.columns.tolist()[:4] == ["ridge", "ridge p", "mass_mean", "mass_mean p"]
+    best = []
+    any_layer = {}
+    for number, probe in enumerate(("ridge", "mass_mean")):
+        real, drawn = shuffled.accuracy.values[:, number].mean(axis=1), shuffled.accuracy_shuffled.values[:, number]
+        p = [(1 + sum(drawn[layer] >= real[layer] - 1e-12)) / 21 for layer in range(3)]
+        any_layer[probe] = [(1 + sum(drawn.max(axis=0) >= real[layer] - 1e-12)) / 21 for layer in range(3)]
+        assert table[f"{probe} p"].tolist() == [f"{value:.2g}" for value in p]
+        best.append(f"{probe}: accuracy at layer {real.argmax()} has p = {any_layer[probe][real.argmax()]:.2g}")
+    remarks = [
+        "p: the permutation p-value of each layer by itself; of 20 shuffles it is at least 1/21 = 0.048.",
+        f"p of the best of 3 layers, where a shuffle counts that is as good in any layer: {'; '.join(best)}.",
+    ]
+    assert table.attrs["caption"].splitlines()[2:] == remarks
+    latex = shuffled.lz.table("accuracy", format="latex")
+    assert [f"% {remark}" for remark in remarks] == latex.splitlines()[2:4]
+    assert f"& ${table['ridge p'][0]}$ &" in latex
+    assert "* p: the permutation" in shuffled.lz.table("accuracy", format="markdown")
+    rows = list(csv.DictReader(io.StringIO(shuffled.lz.table("accuracy", format="csv"))))
+    assert [row["ridge p"] for row in rows] == table["ridge p"].tolist()
+    assert [row["mass_mean p any layer"] for row in rows] == [f"{value:.2g}" for value in any_layer["mass_mean"]]
+    one = shuffled.isel(layer=[1]).lz.table("accuracy")
+    assert one["ridge p"].tolist() == table["ridge p"].tolist()[1:2]
+    assert "p of the best" not in one.attrs["caption"], "of a single layer nothing was chosen"
+
+
 # -- formats ---------------------------------------------------------------------------------------------------------------
 
 
