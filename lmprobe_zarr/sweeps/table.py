@@ -191,12 +191,14 @@ def layout_scores(
         blocks.append(block)
     n = int(np.prod([first.sizes[dim] for dim in repeated], dtype=int))
     counted = " and ".join(f"{first.sizes[dim]} {dim}{'s' * (first.sizes[dim] != 1)}" for dim in repeated)
+    notes = [*describe_spread(data, names), *describe_p_values(data, names)] if over == "probe" else []
     level = None if bounds is None else bounds.attrs.get("level")
     if bounds is not None:
         share = "interval" if level is None else f"{100 * float(level):g} % interval"
         caption = f"Mean [lower, upper bound of the {share}]" + (f" over {counted}." if counted else ".")
-        reasons = dict.fromkeys(reason for name in names for reason in read_list(bounds[name].attrs, "nan_reasons") or ())
-        caption += f" Without an interval: {'; '.join(reasons)}." if reasons else ""
+        for name in names:
+            of = f"{name} of " if len(names) > 1 else ""
+            notes += [f"Without an interval: {of}{reason}." for reason in read_list(bounds[name].attrs, "nan_reasons") or ()]
     else:
         caption = f"Mean ± standard deviation over {counted}." if n > 1 else "Scores."
     chosen = data.attrs.get("chosen", first.attrs.get("chosen"))
@@ -208,7 +210,7 @@ def layout_scores(
         cells=tuple(tuple(cell for block in blocks for cell in block[row]) for row in range(len(rows))),
         caption=caption,
         over=over,
-        notes=(*describe_spread(data, names), *describe_p_values(data, names)) if over == "probe" else (),
+        notes=tuple(notes),
     )
 
 
