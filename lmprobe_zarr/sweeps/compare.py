@@ -270,6 +270,7 @@ def compare(
         fitted probes, by exchanging their predictions for each prompt, or group, in all folds and repeats at once. It is exact where they
         differ for 12 prompts at most, which are exchanged in every possible way; else (1 + exchanges with at least this difference) / (1 +
         `permutations`). It says whether they differ for prompts like those tested, and is silent on probes fitted on other prompts.
+        Of another metric the attribute ``no_p_permutation`` says why there is none.
 
     Raises
     ------
@@ -323,6 +324,11 @@ def compare(
         ]
     if "predicted" in scores and metric in _MEANS and along != "label" and permutations:
         data["p_permutation"] = _exchange(_along_prompts(scores), metric, t, along, reference, int(permutations))
+    elif "predicted" in scores and metric not in _MEANS and permutations:
+        data.attrs["no_p_permutation"] = (
+            f"{metric} is no mean over prompts, so that a prompt has no part in the difference that an exchange could turn round: "
+            f"p_permutation is of {', '.join(_MEANS)}"
+        )
     return to_interchange(data)
 
 

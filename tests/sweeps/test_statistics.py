@@ -397,3 +397,27 @@ def test_averaged_descent_is_within_0_005_auroc_of_logistic_regression(n: int, h
             areas.append(roc_auc_score(np.repeat(y[test], 10) == k, plain.decision_function(x[test].reshape(-1, hidden))))
     assert scores.converged.all()
     assert abs(float(scores.auroc.mean()) - np.mean(areas)) < 0.005
+
+
+def test_intervals_and_comparisons_that_are_drawn_say_what_they_are_and_what_shows_them() -> None:
+    pytest.importorskip("matplotlib")
+    x, y = noise(2, 40)
+    scores = lz.sweep(array_of(x, y), "label", ["mass_mean", "ridge"], predictions=True)
+    intervals = lz.confidence_intervals(scores, n_resamples=50)
+    with pytest.raises(InvalidArgumentError, match=r"these are intervals: draw them with scores\.lz\.plot\('auroc', intervals=intervals\)"):
+        intervals.lz.plot("auroc")
+    assert scores.lz.plot("auroc", intervals=intervals).get_ylabel()
+    for draw in (lz.compare(scores).lz.plot, lz.compare(scores).lz.plot_heatmap):
+        with pytest.raises(InvalidArgumentError, match=r"these are comparisons, .* to_dataframe\(\) shows them"):
+            draw()
+    assert "p_holm" in lz.compare(scores).to_dataframe()
+
+
+def test_a_comparison_without_exchanges_of_predictions_says_why() -> None:
+    x, y = noise(2, 40)
+    scores = lz.sweep(array_of(x, y), "label", ["mass_mean", "ridge"], predictions=True)
+    assert "p_permutation" not in lz.compare(scores, "auroc")
+    assert lz.compare(scores, "auroc").attrs["no_p_permutation"].startswith("auroc is no mean over prompts")
+    assert "p_permutation" in lz.compare(scores)
+    assert "no_p_permutation" not in lz.compare(scores).attrs
+    assert "no_p_permutation" not in lz.compare(scores, "auroc", permutations=0).attrs
