@@ -20,6 +20,7 @@ import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.batch import list_names
+from lmprobe_zarr.display import count_of
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.interchange import read_list
 from lmprobe_zarr.sweeps.shuffles import (
@@ -131,6 +132,10 @@ class _Layout:
     over: str
     #: Remarks, each a line of its own below the caption.
     notes: tuple[str, ...] = ()
+    #: What was scored; empty where the scores do not say.
+    origin: str = ""
+    #: The only probe; empty where there are several, or where the scores do not say.
+    probe: str = ""
 
     @property
     def has_metrics(self) -> bool:
@@ -211,7 +216,31 @@ def layout_scores(
         caption=caption,
         over=over,
         notes=tuple(notes),
+        origin=_describe_origin(data.attrs),
+        probe=_only_probe(first) if over == "probe" else "",
     )
+
+
+def _describe_origin(attrs: Mapping[Any, Any]) -> str:
+    """Labels, variable, model, prompts and groups, as far as a sweep has recorded them."""
+    of = " from ".join(str(attrs[name]) for name in ("labels", "variable") if attrs.get(name))
+    parts = [of] if of else []
+    if attrs.get("model"):
+        parts.append(f"model {attrs['model']}")
+    counts = attrs.get("n_prompts"), attrs.get("n_dropped")
+    scored, dropped = (int(count) if isinstance(count, int | np.integer) else 0 for count in counts)
+    if scored:
+        parts.append(count_of(scored, "prompt") + (f", {dropped} without label left out" if dropped else ""))
+    if isinstance(attrs.get("groups"), str) and attrs["groups"]:
+        parts.append(f"folds by {attrs['groups']}")
+    return f"{'; '.join(parts)}." if parts else ""
+
+
+def _only_probe(scores: xr.DataArray) -> str:
+    if "kind" not in scores.coords or scores["kind"].dims != ("probe",):
+        return ""
+    probes = scores["probe"].values[scores["kind"].values == "probe"].tolist()
+    return str(probes[0]) if len(probes) == 1 else ""
 
 
 def _as_dataset(scores: Any) -> xr.Dataset:
@@ -398,7 +427,7 @@ def _escape_markdown(text: str) -> str:
 
 
 def _as_latex(layout: _Layout) -> str:
-    lines = [f"% {_in_a_line(remark)}" for remark in (layout.caption, *layout.notes)]
+    lines = [f"% {_in_a_line(remark)}" for remark in (layout.caption, layout.origin, *layout.notes) if remark]
     lines += [rf"\begin{{tabular}}{{{'l' * len(layout.index)}{'r' * len(layout.columns)}}}", r"\hline"]
     if layout.has_metrics:
         counts: dict[str, int] = {}
@@ -406,7 +435,9 @@ def _as_latex(layout: _Layout) -> str:
             counts[metric] = counts.get(metric, 0) + 1
         above = [rf"\multicolumn{{{count}}}{{c}}{{{_escape_latex(metric)}}}" for metric, count in counts.items()]
         lines.append(" & ".join([*("" for _ in layout.index), *above]) + r" \\")
-    heads = [*layout.index, *(str(label) for _, label in layout.columns)]
+    # The controls of a single probe need not say whose they are.
+    ending = f":{layout.probe}" if layout.probe else ""
+    heads = [*layout.index, *(str(label).removesuffix(ending) for _, label in layout.columns)]
     lines += [" & ".join(map(_escape_latex, heads)) + r" \\", r"\hline"]
     for labels, cells in zip(layout.rows, layout.cells, strict=True):
         lines.append(" & ".join([*(_escape_latex(str(label)) for label in labels), *map(_latex_cell, cells)]) + r" \\")

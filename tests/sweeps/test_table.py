@@ -217,7 +217,7 @@ def test_p_values_are_a_column_and_that_of_the_best_layer_a_remark(shuffled: xr.
     ]
     assert table.attrs["caption"].splitlines()[2:] == remarks
     latex = shuffled.lz.table("accuracy", format="latex")
-    assert [f"% {remark}" for remark in remarks] == latex.splitlines()[2:4]
+    assert [f"% {remark}" for remark in remarks] == latex.splitlines()[3:5]
     assert f"& ${table['ridge p'][0]}$ &" in latex
     assert "* p: the permutation" in shuffled.lz.table("accuracy", format="markdown")
     rows = list(csv.DictReader(io.StringIO(shuffled.lz.table("accuracy", format="csv"))))
@@ -233,7 +233,7 @@ def test_p_values_are_a_column_and_that_of_the_best_layer_a_remark(shuffled: xr.
 
 def parse_latex(text: str) -> list[list[str]]:
     """The rows of a plain tabular; every special character outside of math is an escape, and braces are balanced."""
-    found = re.fullmatch(r"% [^\n]*\n\\begin\{tabular\}\{(l*r*)\}\n(.*)\\end\{tabular\}\n", text, re.DOTALL)
+    found = re.fullmatch(r"(?:% [^\n]*\n)+\\begin\{tabular\}\{(l*r*)\}\n(.*)\\end\{tabular\}\n", text, re.DOTALL)
     assert found
     rows = []
     for line in found[2].splitlines():
@@ -265,6 +265,22 @@ def test_latex_has_no_character_that_is_not_escaped() -> None:
     assert [row[0] for row in rows[2:]] == ["{[}0{]}", r"{*}1\_{*}"]
     mean, spread = str(scores.lz.table().iloc[1, 6]).split(" ± ")
     assert rows[3][7] == rf"${mean} \pm {spread}$"
+
+
+def test_latex_says_what_was_scored_and_shortens_controls_of_a_single_probe() -> None:
+    names = ["ridge", "shuffled_labels:ridge", "majority"]
+    attrs = {"labels": "truth", "variable": "resid_mean", "model": "acme/toy", "n_prompts": 1198, "n_dropped": 2, "groups": "pair"}
+    scores = scores_of(np.full((2, 3, 5), 0.5), names, attrs=attrs)
+    scores = scores.assign_coords(kind=("probe", ["probe", "control", "control"]))
+    lines = scores.lz.table(format="latex").splitlines()
+    assert lines[1] == "% truth from resid_mean; model acme/toy; 1198 prompts, 2 without label left out; folds by pair."
+    assert parse_latex("\n".join([*lines, ""]))[0] == ["layer", "ridge", r"shuffled\_labels", "majority"]
+    few = scores.assign_attrs(model="", n_prompts=1, n_dropped=0, groups="").lz.table(format="latex").splitlines()
+    assert few[1] == "% truth from resid_mean; 1 prompt."
+    assert scores.drop_attrs().lz.table(format="latex").splitlines()[1].startswith(r"\begin{tabular}")
+    several = scores.assign_coords(kind=("probe", ["probe", "control", "probe"]))
+    assert r"shuffled\_labels:ridge" in several.lz.table(format="latex")
+    assert r"shuffled\_labels:ridge" in scores.lz.table(format="markdown"), "as elsewhere"
 
 
 def test_markdown_is_the_same_table_after_it_was_rendered() -> None:
