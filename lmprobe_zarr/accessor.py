@@ -587,7 +587,8 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
         metrics : str or iterable of str, optional
             Names of scores; all of them if not given.
         intervals : Dataset, optional
-            From `lmprobe_zarr.confidence_intervals`. Without it the interval is the standard deviation over the folds, and over the seeds.
+            From `lmprobe_zarr.confidence_intervals`. Without it the interval is the standard deviation over the folds, and over the seeds;
+            for labels that were shuffled many times, over the shuffles.
         format : {"markdown", "latex", "csv"}, optional
             None for a DataFrame, or for the format of `path`. A LaTeX table is a plain ``tabular``.
         path : str or path, optional
@@ -600,7 +601,9 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
             as many decimals. "not stored" is a score that was never fitted, such as that of a layer that a variable lacks; "not finite"
             is a score that is NaN or infinite in every fold, and the attribute ``nan_reasons`` says why; "not tested" are datasets of
             `lmprobe_zarr.sweep_transfer` with no other prompts. ``(4 of 5)`` says that only so many folds have a finite score.
-            In CSV the mean and the numbers of the interval have columns of their own.
+            In CSV the mean and the numbers of the interval have columns of their own. Where labels were shuffled many times, the column
+            after that of a probe has its p-values, and the caption, ``attrs["caption"]`` of a DataFrame, that of the best layer; in CSV
+            ``p any layer`` is a column.
 
         Raises
         ------

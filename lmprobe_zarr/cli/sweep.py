@@ -70,6 +70,7 @@ def add_sweep(commands: Any) -> None:
 def _sweep(options: argparse.Namespace) -> None:
     from lmprobe_zarr.plots import plot_scores, save_plot
     from lmprobe_zarr.sweeps import plan_sweep, sweep, table_of_scores
+    from lmprobe_zarr.sweeps.shuffles import describe_p_values, describe_spread
 
     _check_places(options)
     data, variable, controls = _chosen(options)
@@ -100,6 +101,8 @@ def _sweep(options: argparse.Namespace) -> None:
     else:
         print(_heading(scores, variable, options))
         _print_table(rows, metrics)
+        for note in (*describe_spread(scores, metrics), *describe_p_values(scores, metrics)):
+            print(note)
         if "chosen" in scores.attrs:
             print(f"chosen: {scores.attrs['chosen']}")
     if options.plot:
@@ -179,9 +182,13 @@ def _chosen(options: argparse.Namespace) -> tuple[xr.Dataset, str, dict[str, Any
 
 
 def _rows(scores: xr.Dataset, metrics: list[str]) -> list[dict[str, Any]]:
+    from lmprobe_zarr.sweeps.shuffles import is_of_many_shuffles, spread_of_shuffles
+
     means, counts = scores[metrics].mean("fold"), scores[metrics].count("fold")
     # The spread of a single score is unknown, and not 0.
     spread = scores[metrics].std("fold").where(counts > 1)
+    # That of a mean over many shuffles is over the shuffles.
+    of_shuffles = {metric: held for metric in metrics if (held := spread_of_shuffles(scores, metric)) is not None}
     by_layer = "layer" in scores.dims
     rows = []
     strengths = scores.strength.values.tolist() if "strength" in scores.dims else [None]
@@ -191,8 +198,11 @@ def _rows(scores: xr.Dataset, metrics: list[str]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {} if layer is None else {"layer": int(layer)}
         row |= {"probe": probe, "kind": kind} | ({} if strength is None else {"strength": strength})
         row |= {metric: float(means[metric].sel(at)) for metric in metrics}
-        row |= {f"{metric}_std": float(spread[metric].sel(at)) for metric in metrics}
-        p_values = {name: scores[name].sel(at).item() for metric in metrics if (name := f"{metric}_p_value") in scores}
+        for metric in metrics:
+            shuffled = is_of_many_shuffles(scores, metric, probe)
+            row[f"{metric}_std"] = float((of_shuffles if shuffled else spread)[metric].sel(at))
+        tested = [f"{metric}_{which}" for metric in metrics for which in ("p_value", "p_any_layer")]
+        p_values = {name: scores[name].sel(at).item() for name in tested if name in scores}
         row |= {name: value for name, value in p_values.items() if value == value}
         for dim in ("layer", "probe"):
             if f"chosen_{dim}" in scores:

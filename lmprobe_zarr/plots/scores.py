@@ -29,7 +29,7 @@ def select_scores(scores: Any, metric: str, dims: Sequence[str], *, as_rows: boo
     InvalidTypeError
         `scores` is no dataset.
     InvalidArgumentError
-        There is no such score, or it has further dims, which can be rows where `as_rows`.
+        There is no such score, as in intervals and comparisons, or it has further dims, which can be rows where `as_rows`.
     """
     if not isinstance(scores, xr.Dataset):
         raise InvalidTypeError(f"scores are the xarray.Dataset that sweep gives, not {type(scores).__name__}")
@@ -41,6 +41,13 @@ def select_scores(scores: Any, metric: str, dims: Sequence[str], *, as_rows: boo
                 "the layer of these scores was chosen within each training fold, so there is nothing to draw by layer: "
                 "print scores.lz.table(), or draw a sweep without choose"
             )
+        if "bound" in scores.dims:
+            drawn = metric if metric in scores else str(next(iter(scores.data_vars), metric))
+            raise InvalidArgumentError(
+                f"these are intervals: draw them with scores.lz.plot({drawn!r}, intervals=intervals), where scores are those of the sweep"
+            )
+        if "p_holm" in scores:
+            raise InvalidArgumentError("these are comparisons, of which there is no picture: to_dataframe() shows them")
         raise InvalidArgumentError(f"there is no score {metric!r} over {over}: use one of {', '.join(fitting) or 'none (not a sweep)'}")
     values = scores[metric]
     for dim in [str(dim) for dim in values.dims if dim not in (*dims, *REPEATED)]:

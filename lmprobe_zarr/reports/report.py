@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError
@@ -121,7 +122,7 @@ def report(
         fitted on the prompts that are not shown (2,000 at most, evenly spaced).
     groups : str, optional
         A column: prompts with equal values are in the same fold of that sweep. By default a column whose values show pairs or larger groups
-        of prompts, which the page then names; "" for none.
+        of prompts, which the page then names; "" for none. `scores` have their folds already, which the page says.
     missing : {"raise", "drop"}
         What happens to prompts without a label. "drop" leaves them out of the sweep, its controls and the regressions for tokens, and
         the page says how many they are. Their tokens are shown only if `prompts` names them.
@@ -146,7 +147,8 @@ def report(
     ------
     ModelNotStoredError, MissingPromptsError, CorruptPartError, LabelError
     InvalidArgumentError
-        Scores of a model that is not shown, or that are not those of a sweep; a probe that is not fitted, or learned from several layers
+        Scores of a model that is not shown, or that are not those of a sweep; `groups`, or `missing` without `labels`, beside `scores`,
+        where they would do nothing; a probe that is not fitted, or learned from several layers
         side by side; no such variable; more than 12 prompts; a path that cannot be written.
     """
     if path is not None and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):
@@ -155,6 +157,8 @@ def report(
     if isinstance(sample_bytes, bool) or not isinstance(sample_bytes, int) or sample_bytes < 1:
         raise InvalidArgumentError(f"sample_bytes={sample_bytes!r} is no amount to read: give bytes, at least 1")
     check_missing(missing)
+    if scores is not None:
+        _check_unused(labels, groups, missing)
     chosen = _choose_groups(opened, model, provenance, group)
     views = {info.name: opened.view(info) for info in opened.groups().values()}
     contents = sorted((describe_view(view) for view in views.values()), key=lambda group: -group.prompts)
@@ -191,6 +195,16 @@ class _Options:
     prompts: int | Iterable[Any]
     text: bool
     sample_bytes: int
+
+
+def _check_unused(labels: str | Mapping[Any, Any] | None, groups: str | None, missing: str) -> None:
+    """Raise where an argument would do nothing because scores are given."""
+    if groups is not None:
+        raise InvalidArgumentError("groups= is for a sweep that the report makes, and scores= are of one that has folds: leave groups= out")
+    if missing == "drop" and labels is None:
+        raise InvalidArgumentError(
+            "missing='drop' is for labels that the report fits, and there are none beside scores=: leave it out, or give labels="
+        )
 
 
 def _choose_groups(store: Store, model: Model | None, provenance: Provenance | None, group: str | None) -> set[str]:
@@ -256,21 +270,21 @@ def _score_labels(
     view: View, pooled: str | None, layers: Sequence[int], scores: xr.Dataset | None, options: _Options
 ) -> tuple[PromptLabels | None, xr.Dataset | None, str]:
     """The labels of the prompts, or None; the given scores, else those of a sweep over the labels; and what is to be said of them."""
+    note = "" if scores is None else _describe_prompts(scores)
     if options.labels is None:
-        return None, scores, ""
+        return None, scores, note
     if pooled is None:
         raise InvalidArgumentError(f"{view.where} holds no pooled site to fit labels on: extract with pooling=, or give scores=")
     data = to_dataset(view, "prompts")
     parsed = parse_labels(data[pooled], options.labels, missing=options.missing)
     labels = PromptLabels(parsed.name, parsed.values, parsed.rows, variable=pooled)
-    note = ""
     if scores is None:
         note = labels.left_out("the scores")
         labelled = data.isel(prompt=labels.rows)
         groups = find_groups(labelled, labels.name) if options.groups is None else options.groups or None
         if groups is not None:
             why = "" if options.groups else ", whose values show that prompts belong together,"
-            note += f" Prompts with the same {groups!r}{why} are in the same fold."
+            note += _in_the_same_fold(groups, why)
         # A curve alone says little: if the texts are stored, scores from the words alone, without the model, are drawn beside it.
         controls = ["shuffled_labels", *(["bag_of_words"] if "text" in labelled.coords and (labelled.text.values != "").all() else [])]
         array = data[pooled]
@@ -279,6 +293,22 @@ def _score_labels(
             array = array.sel(layer=[layer for layer in layers if layer in held])
         scores = sweep(array, labels=options.labels, controls=controls, groups=groups, missing=options.missing)
     return labels, scores, note
+
+
+def _describe_prompts(scores: xr.Dataset) -> str:
+    """What a sweep has recorded of prompts without a label, and of groups, in the words of a sweep that the report makes."""
+    attrs = scores.attrs
+    note = ""
+    scored, dropped = attrs.get("n_prompts"), attrs.get("n_dropped")
+    if isinstance(scored, int | np.integer) and isinstance(dropped, int | np.integer):
+        name = str(attrs.get("labels", "labels"))
+        note = PromptLabels(name, np.zeros(scored + dropped), np.arange(scored), variable="").left_out("the scores")
+    groups = attrs.get("groups")
+    return note + (_in_the_same_fold(str(groups)) if isinstance(groups, str) and groups else "")
+
+
+def _in_the_same_fold(groups: str, why: str = "") -> str:
+    return f" Prompts with the same {groups!r}{why} are in the same fold."
 
 
 def _profile(view: View, level: Level, variable: str, layers: Sequence[int], sample_bytes: int) -> LayerProfile:

@@ -90,19 +90,21 @@ def confidence_intervals(
     unit = "group" if "group" in scores.coords else "prompt"
     units = _units(scores)
     weights = _draw(units, int(n_resamples), check_seed(random_state))
-    reasons: dict[str, dict[str, None]] = {metric.name: {} for metric in chosen}
+    # The probes by the reason why they have no interval.
+    reasons: dict[str, dict[str, dict[str, None]]] = {metric.name: {} for metric in chosen}
     for place in product(*(range(size) for size in shape)):
         cell = scores.isel(dict(zip(dims, place, strict=True)))
+        name = str(cell["probe"].item())
         if str(cell["control"].item()) in ("shuffled_labels", "control_task") and "dealt" not in cell:
             # Of many shuffles, and of tokens' other labels, no predictions are kept.
             for metric in chosen:
                 many = shuffled_name(metric.name) in cell
                 why = (
-                    f"is a mean over many shuffles: see {metric.name}_shuffled_std"
+                    f"a mean over many shuffles has none, see {metric.name}_shuffled_std"
                     if many
-                    else "has labels of its own: no predictions are kept"
+                    else "it has labels of its own, of which no predictions are kept"
                 )
-                reasons[metric.name][f"{cell['probe'].item()} {why}"] = None
+                reasons[metric.name].setdefault(why, {})[name] = None
                 estimate = float(cell[metric.name].mean("fold")) if metric.name in cell else np.nan
                 found[metric.name][place] = np.nan, estimate, np.nan
             continue
@@ -115,11 +117,11 @@ def confidence_intervals(
             low, estimate, high = _interval(metric, outcomes, drawn, tail)
             if single:
                 why = f"fold {single[0]} tests a single {unit}, which says nothing of how others would score: use fewer folds"
-                reasons[metric.name][why] = None
+                reasons[metric.name].setdefault(why, {})[name] = None
             elif high - low < _WIDTH:
                 low = high = np.nan
                 why = f"all resamples have the same score {estimate:.3g}, which says nothing of others: test more {unit}s"
-                reasons[metric.name][why] = None
+                reasons[metric.name].setdefault(why, {})[name] = None
             found[metric.name][place] = low, estimate, high
     coords = {name: held for name, held in scores.coords.items() if set(held.dims) <= set(dims)}
     data = xr.Dataset({name: ((*dims, "bound"), values) for name, values in found.items()}, coords={**coords, "bound": list(_BOUNDS)})
@@ -130,7 +132,8 @@ def confidence_intervals(
         "resampled": unit,
     }
     for metric in chosen:
-        why_nan = {"nan_reasons": list(reasons[metric.name])} if reasons[metric.name] else {}
+        listed = [f"{', '.join(names)}: {why}" for why, names in reasons[metric.name].items()]
+        why_nan = {"nan_reasons": listed} if listed else {}
         data[metric.name].attrs = {"long_name": metric.long_name, "units": metric.units} | why_nan
     return to_interchange(data)
 
@@ -267,6 +270,7 @@ def compare(
         fitted probes, by exchanging their predictions for each prompt, or group, in all folds and repeats at once. It is exact where they
         differ for 12 prompts at most, which are exchanged in every possible way; else (1 + exchanges with at least this difference) / (1 +
         `permutations`). It says whether they differ for prompts like those tested, and is silent on probes fitted on other prompts.
+        Of another metric the attribute ``no_p_permutation`` says why there is none.
 
     Raises
     ------
@@ -320,6 +324,11 @@ def compare(
         ]
     if "predicted" in scores and metric in _MEANS and along != "label" and permutations:
         data["p_permutation"] = _exchange(_along_prompts(scores), metric, t, along, reference, int(permutations))
+    elif "predicted" in scores and metric not in _MEANS and permutations:
+        data.attrs["no_p_permutation"] = (
+            f"{metric} is no mean over prompts, so that a prompt has no part in the difference that an exchange could turn round: "
+            f"p_permutation is of {', '.join(_MEANS)}"
+        )
     return to_interchange(data)
 
 

@@ -8,16 +8,22 @@ P-values Should Never Be Zero", Statistical Applications in Genetics and Molecul
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Final
+from itertools import product
+from typing import Any, Final, NamedTuple
 
 import xarray as xr
 
-__all__ = ["add_p_values", "describe_shuffles", "is_of_shuffles", "shuffled_attributes", "shuffled_name"]
+__all__ = [
+    "add_p_values", "count_shuffles", "describe_p_values", "describe_shuffles", "describe_spread", "is_of_many_shuffles", "is_of_shuffles",
+    "shuffled_attributes", "shuffled_name", "spread_of_shuffles",
+]  # fmt: skip
 
 #: The attribute of every variable that this module makes.
 _SHUFFLES: Final = "shuffles"
 #: Means over folds differ by rounding where the scores are equal.
 _ROUNDING: Final = 1e-12
+#: Begins the name of the control of a probe.
+_CONTROL: Final = "shuffled_labels:"
 
 
 def shuffled_name(metric: str) -> str:
@@ -28,6 +34,51 @@ def shuffled_name(metric: str) -> str:
 def is_of_shuffles(variable: xr.DataArray) -> bool:
     """Whether a variable holds scores of many shuffles, or a statistic of them, and so is no score of its own."""
     return _SHUFFLES in variable.attrs
+
+
+def is_of_many_shuffles(scores: xr.Dataset, metric: str, probe: Any) -> bool:
+    """Whether the score of a control is a mean over many shuffles, so that its spread over the folds says nothing of a single one."""
+    return shuffled_name(metric) in scores and str(probe).startswith(_CONTROL)
+
+
+def spread_of_shuffles(scores: xr.Dataset, metric: str) -> xr.DataArray | None:
+    """The standard deviation over the shuffles (of all seeds), at the control that is their mean.
+
+    Parameters
+    ----------
+    scores : Dataset
+        With the dim ``probe``.
+    metric : str
+
+    Returns
+    -------
+    DataArray or None
+        Over the dims of the metric without ``fold`` and ``seed``; NaN for everything else, and for a control whose probe is not there.
+        None where labels were not shuffled many times.
+    """
+    name = shuffled_name(metric)
+    if name not in scores or not {"probe", "shuffle"} <= set(scores[name].dims):
+        return None
+    drawn = scores[name]
+    over = [dim for dim in ("shuffle", "seed") if dim in drawn.dims]
+    known = drawn.notnull().any(over)
+    spread = drawn.where(known, 0.0).std(over).where(known)
+    spread = spread.drop_vars([coord for coord in ("kind", "control") if coord in spread.coords])
+    return spread.assign_coords(probe=[f"{_CONTROL}{probe}" for probe in spread["probe"].values]).reindex(probe=scores["probe"].values)
+
+
+def count_shuffles(scores: xr.Dataset) -> str:
+    """How many shuffles there are, in words."""
+    seeds = scores.sizes.get("seed", 1)
+    return f"{scores.sizes['shuffle']} shuffles" + (f" and {seeds} seeds" if seeds > 1 else "")
+
+
+def describe_spread(scores: xr.Dataset, metrics: Iterable[str]) -> list[str]:
+    """A sentence on what ± means for the control; none where labels were not shuffled many times, or the control is not there."""
+    spreads = [spread for metric in metrics if (spread := spread_of_shuffles(scores, metric)) is not None]
+    if not any(bool(spread.notnull().any()) for spread in spreads):
+        return []
+    return [f"{_CONTROL.rstrip(':')}: ± over its {count_shuffles(scores)}, of which each counts by its mean over the folds."]
 
 
 def shuffled_attributes(long_name: str, n: int, *, larger_is_better: bool) -> dict[str, Any]:
@@ -90,8 +141,56 @@ def _p_value(real: xr.DataArray, shuffled: xr.DataArray, *, larger: bool) -> xr.
     return (1 + (~worse).sum("shuffle")) / (1 + shuffled.sizes["shuffle"])
 
 
-def _of_best_layer(scores: xr.Dataset, metric: str, probe: Any) -> tuple[float, float, float, int] | None:
-    """For the best layer of a probe: mean and spread of the shuffles there, the p-value among the best layers, and their number.
+#: As many probes and metrics are named with the p-value of their best layer.
+_NAMED: Final = 12
+
+
+def describe_p_values(scores: xr.Dataset, metrics: Iterable[str]) -> list[str]:
+    """What p is and how small it can be, then a line with that of the best layer for each probe and metric; none where there is no p.
+
+    The best layer of further dims, such as ``variable``, is that of each entry.
+    """
+    found: list[str] = []
+    n = 0
+    for metric in metrics:
+        held = scores.get(f"{metric}_p_value")
+        if held is None or shuffled_name(metric) not in scores or not bool(held.notnull().any()):
+            continue
+        n = int(scores[shuffled_name(metric)].attrs[_SHUFFLES])
+        if "seed" in held.dims or scores.sizes.get("layer", 1) < 2 or "layer" not in held.dims:
+            continue
+        others = [dim for dim in held.dims if dim not in ("layer", "probe")]
+        for probe in scores["probe"].values.tolist():
+            for place in product(*(range(scores.sizes[dim]) for dim in others)):
+                at = dict(zip(others, place, strict=True))
+                named = [f"{dim} {scores[dim].values[number] if dim in scores.coords else number}" for dim, number in at.items()]
+                best = _of_best_layer(scores.isel(at), metric, probe)
+                if best is not None:
+                    found.append(f"{', '.join([str(probe), *named])}: {metric} at layer {best.layer} has p = {best.p:.2g}")
+    if not n:
+        return []
+    smallest = f"of {n} shuffles it is at least 1/{n + 1} = {1 / (n + 1):.2g}"
+    lines = [f"p: the permutation p-value of each layer by itself; {smallest}."]
+    if found:
+        layers = scores.sizes["layer"]
+        lines.append(f"p of the best of {layers} layers, where a shuffle counts that is as good in any layer: {'; '.join(found[:_NAMED])}.")
+    if len(found) > _NAMED:
+        lines[-1] = f"{lines[-1][:-1]}; and {len(found) - _NAMED} more, in the variables …_p_any_layer."
+    return lines
+
+
+class _Best(NamedTuple):
+    """Of the best layer of a probe: mean and spread of the shuffles there, the p-value among the best layers, their number, the layer."""
+
+    mean: float
+    spread: float
+    p: float
+    n: int
+    layer: Any
+
+
+def _of_best_layer(scores: xr.Dataset, metric: str, probe: Any) -> _Best | None:
+    """What the shuffles say of the best layer of a probe.
 
     None where the scores hold no shuffles of this probe, or have dims that a single layer is not chosen from.
     """
@@ -107,7 +206,8 @@ def _of_best_layer(scores: xr.Dataset, metric: str, probe: Any) -> tuple[float, 
     at = (means.argmax if larger else means.argmin)("layer")
     found = of.isel(layer=int(at))
     values = [float(found[f"{name}_{which}"]) for which in ("mean", "std")]
-    return values[0], values[1], float(found[f"{metric}_p_any_layer"]), int(scores[name].sizes["shuffle"])
+    p, n = float(found[f"{metric}_p_any_layer"]), int(scores[name].sizes["shuffle"])
+    return _Best(values[0], values[1], p, n, found["layer"].item() if "layer" in found.coords else int(at))
 
 
 def describe_shuffles(scores: xr.Dataset, metric: str, probe: Any) -> str:
@@ -115,7 +215,7 @@ def describe_shuffles(scores: xr.Dataset, metric: str, probe: Any) -> str:
     found = _of_best_layer(scores, metric, probe)
     if found is None:
         return ""
-    mean, spread, p, n = found
+    mean, spread, p, n, _ = found
     layers = scores.sizes.get("layer", 1)
     chosen = f" among the best of {layers} layers" if layers > 1 else ""
     return f"{n} shuffles of the labels {mean:.3f} ± {spread:.3f}, p = {p:.2g}{chosen}"

@@ -20,9 +20,17 @@ import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.batch import list_names
+from lmprobe_zarr.display import count_of
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.interchange import read_list
-from lmprobe_zarr.sweeps.shuffles import is_of_shuffles
+from lmprobe_zarr.sweeps.shuffles import (
+    count_shuffles,
+    describe_p_values,
+    describe_spread,
+    is_of_many_shuffles,
+    is_of_shuffles,
+    spread_of_shuffles,
+)
 from lmprobe_zarr.tokens import is_inner_dim
 from lmprobe_zarr.typing import Array
 
@@ -58,8 +66,9 @@ def table_of_scores(
     if format is not None and (not isinstance(format, str) or format not in _WRITERS):
         known = ", ".join(map(repr, _WRITERS))
         raise InvalidArgumentError(f"format={format!r:.60} is unknown: use one of {known}, or None for a DataFrame")
-    layout = layout_scores(scores, metrics, intervals)
     written = format or kind
+    # A CSV file has no place for remarks.
+    layout = layout_scores(scores, metrics, intervals, any_layer=written == "csv")
     if written is None:
         return _as_frame(layout)
     text = _WRITERS[written](layout)
@@ -103,10 +112,12 @@ class _Cell:
     lower: str = ""
     upper: str = ""
     note: str = ""
+    #: What the half width is over, where that is neither folds nor seeds.
+    over: str = ""
 
     @property
     def is_number(self) -> bool:
-        return self.value not in {NOT_STORED, NOT_FINITE, NOT_TESTED, _UNKNOWN}
+        return self.value not in {"", NOT_STORED, NOT_FINITE, NOT_TESTED, _UNKNOWN}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +130,12 @@ class _Layout:
     cells: tuple[tuple[_Cell, ...], ...]
     caption: str
     over: str
+    #: Remarks, each a line of its own below the caption.
+    notes: tuple[str, ...] = ()
+    #: What was scored; empty where the scores do not say.
+    origin: str = ""
+    #: The only probe; empty where there are several, or where the scores do not say.
+    probe: str = ""
 
     @property
     def has_metrics(self) -> bool:
@@ -131,9 +148,13 @@ class _Layout:
 
 
 def layout_scores(
-    scores: xr.Dataset | xr.DataArray, metrics: str | Iterable[str] | None = None, intervals: xr.Dataset | None = None
+    scores: xr.Dataset | xr.DataArray,
+    metrics: str | Iterable[str] | None = None,
+    intervals: xr.Dataset | None = None,
+    *,
+    any_layer: bool = False,
 ) -> _Layout:
-    """Rows, columns and cells of a table.
+    """Rows, columns and cells of a table; with `any_layer` also a column with the p-value among the best layers of all shuffles.
 
     Raises
     ------
@@ -153,29 +174,36 @@ def layout_scores(
         raise InvalidArgumentError(f"{differ[0]!r} has other dims than {names[0]!r}: make a table of each")
     labels = list(first[over].values.tolist()) if over and over in first.coords else [""]
     index, rows = _rows(first, dims)
-    blocks = []
+    blocks: list[list[list[_Cell]]] = []
+    columns: list[tuple[str, Any]] = []
     for name in names:
         flat = values[name].transpose(*dims, *([over] if over else []), *repeated).values
         flat = flat.reshape(len(rows), len(labels), -1)
         missing = _missing(data, dims, over, repeated).reshape(len(rows), len(labels))
         limits = None if bounds is None else _limits(bounds, name, values[name], dims, over)
-        blocks.append(
-            [
-                [
-                    _cell(flat[row, column], missing[row, column], None if limits is None else limits[:, row, column])
-                    for column in range(len(labels))
-                ]
-                for row in range(len(rows))
-            ]
-        )
+        spreads = _spreads(data, name, labels, dims, len(rows))
+        p_values = _p_values(data, name, labels, dims, len(rows), any_layer=any_layer) if over == "probe" else {}
+        block: list[list[_Cell]] = [[] for _ in rows]
+        for column, label in enumerate(labels):
+            columns.append((name, label))
+            for row, cells in enumerate(block):
+                at = row, column
+                cells.append(_cell(flat[at], missing[at], None if limits is None else limits[:, row, column], spreads.get(at)))
+            for title, shown in p_values.get(column, {}).items():
+                columns.append((name, title))
+                for cells, text in zip(block, shown, strict=True):
+                    cells.append(_Cell(text))
+        blocks.append(block)
     n = int(np.prod([first.sizes[dim] for dim in repeated], dtype=int))
     counted = " and ".join(f"{first.sizes[dim]} {dim}{'s' * (first.sizes[dim] != 1)}" for dim in repeated)
+    notes = [*describe_spread(data, names), *describe_p_values(data, names)] if over == "probe" else []
     level = None if bounds is None else bounds.attrs.get("level")
     if bounds is not None:
         share = "interval" if level is None else f"{100 * float(level):g} % interval"
         caption = f"Mean [lower, upper bound of the {share}]" + (f" over {counted}." if counted else ".")
-        reasons = dict.fromkeys(reason for name in names for reason in read_list(bounds[name].attrs, "nan_reasons") or ())
-        caption += f" Without an interval: {'; '.join(reasons)}." if reasons else ""
+        for name in names:
+            of = f"{name} of " if len(names) > 1 else ""
+            notes += [f"Without an interval: {of}{reason}." for reason in read_list(bounds[name].attrs, "nan_reasons") or ()]
     else:
         caption = f"Mean ± standard deviation over {counted}." if n > 1 else "Scores."
     chosen = data.attrs.get("chosen", first.attrs.get("chosen"))
@@ -183,11 +211,36 @@ def layout_scores(
     return _Layout(
         index=index,
         rows=tuple(rows),
-        columns=tuple((name, label) for name in names for label in labels),
+        columns=tuple(columns),
         cells=tuple(tuple(cell for block in blocks for cell in block[row]) for row in range(len(rows))),
         caption=caption,
         over=over,
+        notes=tuple(notes),
+        origin=_describe_origin(data.attrs),
+        probe=_only_probe(first) if over == "probe" else "",
     )
+
+
+def _describe_origin(attrs: Mapping[Any, Any]) -> str:
+    """Labels, variable, model, prompts and groups, as far as a sweep has recorded them."""
+    of = " from ".join(str(attrs[name]) for name in ("labels", "variable") if attrs.get(name))
+    parts = [of] if of else []
+    if attrs.get("model"):
+        parts.append(f"model {attrs['model']}")
+    counts = attrs.get("n_prompts"), attrs.get("n_dropped")
+    scored, dropped = (int(count) if isinstance(count, int | np.integer) else 0 for count in counts)
+    if scored:
+        parts.append(count_of(scored, "prompt") + (f", {dropped} without label left out" if dropped else ""))
+    if isinstance(attrs.get("groups"), str) and attrs["groups"]:
+        parts.append(f"folds by {attrs['groups']}")
+    return f"{'; '.join(parts)}." if parts else ""
+
+
+def _only_probe(scores: xr.DataArray) -> str:
+    if "kind" not in scores.coords or scores["kind"].dims != ("probe",):
+        return ""
+    probes = scores["probe"].values[scores["kind"].values == "probe"].tolist()
+    return str(probes[0]) if len(probes) == 1 else ""
 
 
 def _as_dataset(scores: Any) -> xr.Dataset:
@@ -257,7 +310,41 @@ def _limits(bounds: Any, metric: str, values: xr.DataArray, dims: list[str], ove
     return np.stack([held.sel(bound=bound).transpose(*wanted).values.reshape(rows, -1) for bound in ("lower", "upper")])
 
 
-def _cell(values: Array, missing: str, limits: Array | None) -> _Cell:
+@dataclass(frozen=True, slots=True)
+class _Spread:
+    """The deviation of a mean over many shuffles, NaN where it is not known, and what it is over."""
+
+    value: float
+    over: str
+
+
+def _spreads(data: xr.Dataset, metric: str, labels: list[Any], dims: list[str], n_rows: int) -> dict[tuple[int, int], _Spread]:
+    """The spread over the shuffles by row and column, for the columns of controls of many shuffles."""
+    columns = [column for column, label in enumerate(labels) if is_of_many_shuffles(data, metric, label)]
+    held = spread_of_shuffles(data, metric) if columns else None
+    if held is None:
+        return {}
+    values = held.transpose(*dims, "probe").values.reshape(n_rows, -1)
+    over = count_shuffles(data)
+    return {(row, column): _Spread(float(values[row, column]), over) for row in range(n_rows) for column in columns}
+
+
+def _p_values(
+    data: xr.Dataset, metric: str, labels: list[Any], dims: list[str], n_rows: int, *, any_layer: bool
+) -> dict[int, dict[str, list[str]]]:
+    """The columns of p-values, by their titles, that follow the column of a probe; none of scores of several seeds, each with its own."""
+    found: dict[int, dict[str, list[str]]] = {}
+    for name, title in ((f"{metric}_p_value", "p"), (f"{metric}_p_any_layer", "p any layer")):
+        if name not in data or set(data[name].dims) != {*dims, "probe"} or (title != "p" and not any_layer):
+            continue
+        values = data[name].transpose(*dims, "probe").values.reshape(n_rows, -1)
+        for column in np.flatnonzero(np.isfinite(values).any(axis=0)).tolist():
+            shown = [f"{value:.2g}" if math.isfinite(value) else "" for value in values[:, column].tolist()]
+            found.setdefault(column, {})[f"{labels[column]} {title}"] = shown
+    return found
+
+
+def _cell(values: Array, missing: str, limits: Array | None, of_shuffles: _Spread | None = None) -> _Cell:
     finite = values[np.isfinite(values)]
     if not len(finite):
         infinite = bool(np.isinf(values).any())
@@ -267,10 +354,12 @@ def _cell(values: Array, missing: str, limits: Array | None) -> _Cell:
     if limits is not None and np.isfinite(limits).all():
         places = _decimals(float(limits[1] - limits[0]) / 2)
         return _Cell(_rounded(mean, places), "", _rounded(float(limits[0]), places), _rounded(float(limits[1]), places), note)
-    if limits is None and len(finite) > 1:
-        spread = float(finite.std())
-        places = _decimals(spread)
-        return _Cell(_rounded(mean, places), _rounded(spread, places), note=note)
+    if of_shuffles is not None or (limits is None and len(finite) > 1):
+        spread = float(finite.std()) if of_shuffles is None else of_shuffles.value
+        if math.isfinite(spread):
+            places = _decimals(spread)
+            over = "" if of_shuffles is None else of_shuffles.over
+            return _Cell(_rounded(mean, places), _rounded(spread, places), note=note, over=over)
     return _Cell(_rounded(mean, _DECIMALS), note=note)
 
 
@@ -313,7 +402,7 @@ def _as_frame(layout: _Layout) -> pd.DataFrame:
     else:
         columns = pd.Index([label for _, label in layout.columns], name=layout.over or None)
     frame = pd.DataFrame([[_plain(cell) for cell in row] for row in layout.cells], index=index, columns=columns)
-    frame.attrs["caption"] = layout.caption
+    frame.attrs["caption"] = "\n".join([layout.caption, *layout.notes])
     return frame
 
 
@@ -322,7 +411,8 @@ def _as_markdown(layout: _Layout) -> str:
     lines = [_markdown_row(map(_escape_markdown, heads)), _markdown_row(["---"] * len(layout.index) + ["---:"] * len(layout.columns))]
     for labels, cells in zip(layout.rows, layout.cells, strict=True):
         lines.append(_markdown_row([*(_escape_markdown(str(label)) for label in labels), *map(_plain, cells)]))
-    return "\n".join(lines) + f"\n\n{layout.caption}\n"
+    notes = [f"* {_escape_markdown(note)}" for note in layout.notes]
+    return "\n".join([*lines, "", layout.caption, *([""] if notes else []), *notes, ""])
 
 
 def _markdown_row(cells: Iterable[str]) -> str:
@@ -337,14 +427,17 @@ def _escape_markdown(text: str) -> str:
 
 
 def _as_latex(layout: _Layout) -> str:
-    lines = [f"% {_in_a_line(layout.caption)}", rf"\begin{{tabular}}{{{'l' * len(layout.index)}{'r' * len(layout.columns)}}}", r"\hline"]
+    lines = [f"% {_in_a_line(remark)}" for remark in (layout.caption, layout.origin, *layout.notes) if remark]
+    lines += [rf"\begin{{tabular}}{{{'l' * len(layout.index)}{'r' * len(layout.columns)}}}", r"\hline"]
     if layout.has_metrics:
         counts: dict[str, int] = {}
         for metric, _ in layout.columns:
             counts[metric] = counts.get(metric, 0) + 1
         above = [rf"\multicolumn{{{count}}}{{c}}{{{_escape_latex(metric)}}}" for metric, count in counts.items()]
         lines.append(" & ".join([*("" for _ in layout.index), *above]) + r" \\")
-    heads = [*layout.index, *(str(label) for _, label in layout.columns)]
+    # The controls of a single probe need not say whose they are.
+    ending = f":{layout.probe}" if layout.probe else ""
+    heads = [*layout.index, *(str(label).removesuffix(ending) for _, label in layout.columns)]
     lines += [" & ".join(map(_escape_latex, heads)) + r" \\", r"\hline"]
     for labels, cells in zip(layout.rows, layout.cells, strict=True):
         lines.append(" & ".join([*(_escape_latex(str(label)) for label in labels), *map(_latex_cell, cells)]) + r" \\")
@@ -380,7 +473,8 @@ def _as_csv(layout: _Layout) -> str:
         column = [row[number] for row in layout.cells]
         shown: list[tuple[str, Callable[[_Cell], str]]] = [("", lambda cell: cell.value)]
         if any(cell.spread for cell in column):
-            shown.append((" ±", lambda cell: cell.spread))
+            over = next((cell.over for cell in column if cell.over), "")
+            shown.append((f" ± over {over}" if over else " ±", lambda cell: cell.spread))
         if any(cell.lower for cell in column):
             shown += [(" lower", lambda cell: cell.lower), (" upper", lambda cell: cell.upper)]
         if any(cell.note for cell in column):

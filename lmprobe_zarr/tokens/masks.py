@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -66,6 +67,11 @@ def mask_tokens(
     InvalidTypeError
         Positions that are no whole numbers, or spans that are no pairs of them.
 
+    Warns
+    -----
+    UserWarning
+        The text of `span` occurs in none of the prompts.
+
     Notes
     -----
     Stored roles were told by the chat template. With `chats`, contents are searched for in order in the rendered text, without surrounding
@@ -84,6 +90,10 @@ def mask_tokens(
         texts = _texts(bare, numbers) if isinstance(span, str) else _known_texts(bare, numbers)
         spans = _occurrences(texts, span) if isinstance(span, str) else _given_spans(span, prompts, texts)
         mask &= _inside(bare, numbers, spans)
+        if isinstance(span, str) and not any(spans):
+            one = len(texts) == 1
+            where = "not in the text of the only prompt" if one else f"in none of the texts of {len(texts)} prompts"
+            warnings.warn(f"span={span!r:.60} is {where}: the mask selects no token", UserWarning, stacklevel=2)
     if role is not None:
         roles = {role} if isinstance(role, str) else set(role)
     if role is not None and chats is None:

@@ -326,7 +326,21 @@ def test_sweep_shuffles_as_often_as_the_control_says_and_shows_p_values(stored: 
     lines = call(capsys, *options)[1].splitlines()[1:]
     assert f"p={probe['accuracy_p_value']:.2g}" in lines[1]
     assert "p=" not in lines[2]
-    counted = call_json(capsys, *options[:-1], "bag_of_tokens")["scores"]
+    # The control is a mean of shuffles, and its spread is theirs.
+    drawn = lz.sweep(
+        lz.open_store(stored).dataset(layers=[0]).resid_mean, "label", cv=2, controls={"majority": None, "shuffled_labels": 4}
+    ).accuracy_shuffled.values[0, 0]
+    shuffled = next(row for row in controls if row["probe"].startswith("shuffled_labels"))
+    assert shuffled["accuracy_std"] == pytest.approx(np.std(drawn))
+    assert f"{np.mean(drawn):.3f} ± {np.std(drawn):.3f}" in next(line for line in lines if "shuffled_labels:" in line)
+    assert any(line.startswith("shuffled_labels: ± over its 4 shuffles") for line in lines)
+    assert "p: the permutation p-value of each layer by itself; of 4 shuffles it is at least 1/5 = 0.2." in lines
+    options[options.index("--layers") + 1] = "0,1,3"
+    rows = [row for row in call_json(capsys, *options)["scores"] if row["kind"] == "probe"]
+    best = max(rows, key=lambda row: row["accuracy"])
+    said = next(line for line in call(capsys, *options)[1].splitlines() if line.startswith("p of the best of 3 layers"))
+    assert f"logistic_regression: accuracy at layer {best['layer']} has p = {best['accuracy_p_any_layer']:.2g}" in said
+    counted = call_json(capsys, *options[:-1], "bag_of_tokens")["scores"][:2]
     assert [row["probe"] for row in counted] == ["logistic_regression", "bag_of_tokens"]
 
 

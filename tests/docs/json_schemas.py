@@ -151,8 +151,8 @@ def _scores() -> Schema:
         },
         optional=("layer", "strength", "chosen_layers", "chosen_probes"),
         rest=_SCORE,
-        description="the mean over folds of each metric by its name, `<metric>_std`, the standard deviation over folds, and, where labels "
-        "were shuffled many times, `<metric>_p_value`",
+        description="the mean over folds of each metric by its name, `<metric>_std`, the standard deviation over folds (of a control of "
+        "many shuffles, over the shuffles), and, where labels were shuffled many times, `<metric>_p_value` and `<metric>_p_any_layer`",
     )
     return _object(
         {

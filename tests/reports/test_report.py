@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import warnings
@@ -266,11 +267,11 @@ def test_prompts_without_a_label_are_left_out_if_asked(kind: str, tmp_path: Path
     both = lz.report(store, labels="topic", missing="drop", prompts=named)
     assert len(data_of(both)[0]["maps"]) == 2
     assert both.html.count(" · topic ") == 1, "a prompt without a label is shown without one"
-    # Labels by prompt, and scores that exist: the sentence about scores is not the report's to say.
+    # Labels by prompt, and scores that exist, which have recorded how many prompts they lack.
     by_text = dict(zip(whole.dataset().text.values.tolist(), [labels[i] for i in have], strict=True))
     assert curves_of(lz.report(store, labels=by_text, missing="drop")) == curves_of(lz.report(whole, labels=by_text))
     given = lz.report(store, labels="topic", missing="drop", scores=scores)
-    assert "left out of the scores" not in given.html
+    assert "12 of 60 prompts have no label in &#x27;topic&#x27; and are left out of the scores." in given.html
     assert "left out of this regression" in given.html
     assert lz.report(whole, labels="topic", missing="drop").html.count("left out of") == 0, "every prompt has a label"
 
@@ -283,6 +284,39 @@ def test_groups_are_those_of_the_prompts_that_have_a_label(tmp_path: Path) -> No
     assert "2 of 40 prompts have no label in &#x27;topic&#x27; and are left out of the scores. Prompts with the same" in page.html
     scores = lz.sweep(store.dataset().resid_mean, "topic", groups="fact", missing="drop")
     assert curves_of(page)["Accuracy"][0][1] == pytest.approx(scores.accuracy.mean("fold").values[:, 0].tolist(), rel=1e-3)
+
+
+def note_of(page: str) -> list[str]:
+    """The sentences on prompts that the scores lack, and on groups."""
+    text = html.unescape(re.sub(r"<[^>]*>", "\n", page))
+    return re.findall(r"\d+ of \d+ prompts ha[^.]* left out of the scores\.|Prompts with the same [^.]*\.", text)
+
+
+@pytest.mark.filterwarnings("ignore::zarr.errors.UnstableSpecificationWarning")
+def test_scores_that_are_given_say_the_same_of_prompts_and_groups_as_a_sweep_of_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = labelled_in_part(tmp_path / "s", [None if i in (38, 39) else i % 2 for i in range(40)], list(range(40)))
+    texts = store.dataset().text.values.tolist()
+    store.annotate("m", {"fact": {text: i // 2 for i, text in enumerate(texts[:38])}})
+    expected = [
+        "2 of 40 prompts have no label in 'topic' and are left out of the scores.", "Prompts with the same 'fact' are in the same fold.",
+    ]  # fmt: skip
+    assert note_of(lz.report(store, labels="topic", missing="drop", groups="fact").html) == expected
+    scores = lz.sweep(store.dataset().resid_mean, "topic", groups="fact", missing="drop", out=str(tmp_path / "scores"))
+    assert note_of(lz.report(store, scores=scores).html) == expected
+    target = str(tmp_path / "r.html")
+    assert call(capsys, "report", store.url, "-o", target, "--scores", str(tmp_path / "scores"))[0] == 0
+    assert note_of(Path(target).read_text(encoding="utf-8")) == expected
+    assert note_of(lz.report(store, scores=scores.drop_attrs().assign_attrs(model="m")).html) == []
+    for option, message in ((["--groups", "fact"], "leave --groups out"), (["--missing", "drop"], "leave it out, or give --labels")):
+        code, _, err = call(capsys, "report", store.url, "-o", target, "--scores", str(tmp_path / "scores"), *option)
+        assert code == 1
+        assert message in err
+    assert (
+        call(capsys, "report", store.url, "-o", target, "--scores", str(tmp_path / "scores"), "--labels", "topic", "--missing", "drop")[0]
+        == 0
+    )
 
 
 def test_a_report_needs_some_labels_and_a_known_word(tmp_path: Path) -> None:

@@ -136,8 +136,25 @@ def test_where_all_resamples_score_the_same_there_is_no_interval_and_the_reason(
     assert found.sel(probe="mass_mean", layer=0).isnull().values.tolist() == [True, False, True]
     assert found.sel(probe="majority").notnull().all()
     why = "all resamples have the same score 1, which says nothing of others: test more prompts"
-    assert json.loads(found.attrs["nan_reasons"]) == [why]
-    assert f"Without an interval: {why}." in scores.lz.table("accuracy", intervals=found.to_dataset(), format="markdown")
+    assert json.loads(found.attrs["nan_reasons"]) == [f"mass_mean: {why}"]
+    caption = scores.lz.table("accuracy", intervals=found.to_dataset()).attrs["caption"]
+    assert caption.splitlines()[1:] == [f"Without an interval: mass_mean: {why}."]
+
+
+def test_every_reason_of_a_missing_interval_is_a_line_that_names_its_columns() -> None:
+    x, y = noise(2, 40)
+    x[:, 0] = 20 * y
+    controls = {"shuffled_labels": 3, "majority": None}
+    scores = lz.sweep(array_of(x, y), "label", ["mass_mean", "ridge"], controls=controls, predictions=True)
+    table = scores.lz.table(intervals=lz.confidence_intervals(scores, n_resamples=50), format="latex")
+    alike = "all resamples have the same score {}, which says nothing of others: test more prompts"
+    assert [line.removeprefix("% Without an interval: ") for line in table.splitlines() if line.startswith("% Without")] == [
+        f"accuracy of mass_mean, ridge: {alike.format(1)}.",
+        "accuracy of shuffled_labels:mass_mean, shuffled_labels:ridge: a mean over many shuffles has none, see accuracy_shuffled_std.",
+        f"auroc of mass_mean, ridge: {alike.format(1)}.",
+        "auroc of shuffled_labels:mass_mean, shuffled_labels:ridge: a mean over many shuffles has none, see auroc_shuffled_std.",
+        f"auroc of majority: {alike.format(0.5)}.",
+    ]
 
 
 def test_a_fold_that_tests_a_single_unit_gives_no_interval_and_the_reason() -> None:
@@ -148,7 +165,7 @@ def test_a_fold_that_tests_a_single_unit_gives_no_interval_and_the_reason() -> N
     assert np.isnan(found.accuracy.sel(bound=["lower", "upper"])).all()
     assert found.accuracy.sel(bound="estimate").item() == pytest.approx(float(scores.accuracy.mean()))
     assert json.loads(found.accuracy.attrs["nan_reasons"]) == [
-        "fold 0 tests a single group, which says nothing of how others would score: use fewer folds"
+        "mass_mean: fold 0 tests a single group, which says nothing of how others would score: use fewer folds"
     ]
 
 
@@ -380,3 +397,27 @@ def test_averaged_descent_is_within_0_005_auroc_of_logistic_regression(n: int, h
             areas.append(roc_auc_score(np.repeat(y[test], 10) == k, plain.decision_function(x[test].reshape(-1, hidden))))
     assert scores.converged.all()
     assert abs(float(scores.auroc.mean()) - np.mean(areas)) < 0.005
+
+
+def test_intervals_and_comparisons_that_are_drawn_say_what_they_are_and_what_shows_them() -> None:
+    pytest.importorskip("matplotlib")
+    x, y = noise(2, 40)
+    scores = lz.sweep(array_of(x, y), "label", ["mass_mean", "ridge"], predictions=True)
+    intervals = lz.confidence_intervals(scores, n_resamples=50)
+    with pytest.raises(InvalidArgumentError, match=r"these are intervals: draw them with scores\.lz\.plot\('auroc', intervals=intervals\)"):
+        intervals.lz.plot("auroc")
+    assert scores.lz.plot("auroc", intervals=intervals).get_ylabel()
+    for draw in (lz.compare(scores).lz.plot, lz.compare(scores).lz.plot_heatmap):
+        with pytest.raises(InvalidArgumentError, match=r"these are comparisons, .* to_dataframe\(\) shows them"):
+            draw()
+    assert "p_holm" in lz.compare(scores).to_dataframe()
+
+
+def test_a_comparison_without_exchanges_of_predictions_says_why() -> None:
+    x, y = noise(2, 40)
+    scores = lz.sweep(array_of(x, y), "label", ["mass_mean", "ridge"], predictions=True)
+    assert "p_permutation" not in lz.compare(scores, "auroc")
+    assert lz.compare(scores, "auroc").attrs["no_p_permutation"].startswith("auroc is no mean over prompts")
+    assert "p_permutation" in lz.compare(scores)
+    assert "no_p_permutation" not in lz.compare(scores).attrs
+    assert "no_p_permutation" not in lz.compare(scores, "auroc", permutations=0).attrs

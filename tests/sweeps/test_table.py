@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 
+import lmprobe_zarr as lz
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.sweeps.table import _decimals, _rounded
 
@@ -157,12 +158,82 @@ def test_scores_of_tokens_have_a_row_for_each_token() -> None:
     assert scores.lz.table(format="latex").splitlines()[6] == r"ab & 1 & b & $-1.250$ & $2.000$ \\"
 
 
+# -- shuffles ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shuffled() -> xr.Dataset:
+    """Three layers, two probes, and twenty shuffles of the labels."""
+    rng = np.random.default_rng(0)
+    y = np.arange(40) % 2
+    x = rng.normal(size=(3, 40, 6)).astype("f4")
+    x[1, :, 0] += 1.2 * y
+    coords = {"layer": range(3), "prompt": [f"p{i}" for i in range(40)], "label": ("prompt", y)}
+    array = xr.DataArray(x, dims=("layer", "prompt", "hidden"), coords=coords)
+    return lz.sweep(array, "label", ["ridge", "mass_mean"], controls={"shuffled_labels": 20, "majority": None}, scheduler="synchronous")
+
+
+SHUFFLED = "shuffled_labels: ± over its 20 shuffles, of which each counts by its mean over the folds."
+
+
+def test_a_mean_over_many_shuffles_has_the_spread_of_the_shuffles(shuffled: xr.Dataset) -> None:
+    table = shuffled.lz.table("accuracy")
+    for number, probe in enumerate(("ridge", "mass_mean")):
+        drawn = shuffled.accuracy_shuffled.values[:, number]
+        for cell, row in zip(table[f"shuffled_labels:{probe}"], drawn, strict=True):
+            mean, spread = cell.split(" ± ")
+            # A mean in the middle of two decimals is rounded either way.
+            assert float(mean) == pytest.approx(np.mean(row), abs=0.5001 * 10.0 ** -_decimals(float(np.std(row))))
+            assert spread == _rounded(float(np.std(row)), _decimals(float(np.std(row))))
+        folds = shuffled.accuracy.values[:, number]
+        spreads = [float(np.std(row)) for row in folds]
+        assert [cell.split(" ± ")[1] for cell in table[probe]] == [_rounded(spread, _decimals(spread)) for spread in spreads]
+    assert table.attrs["caption"].splitlines()[:2] == ["Mean ± standard deviation over 5 folds.", SHUFFLED]
+    escaped = SHUFFLED.replace("_", r"\_")
+    assert f"* {escaped}\n" in shuffled.lz.table("accuracy", format="markdown")
+    assert f"% {SHUFFLED}\n" in shuffled.lz.table("accuracy", format="latex")
+    (first, *_) = csv.DictReader(io.StringIO(shuffled.lz.table("accuracy", format="csv")))
+    assert first["shuffled_labels:ridge ± over 20 shuffles"] == table["shuffled_labels:ridge"][0].split(" ± ")[1]
+    # A control whose probe was selected away has no spread that is known.
+    alone = shuffled.sel(probe=["shuffled_labels:ridge", "majority"]).lz.table("accuracy")
+    assert alone["shuffled_labels:ridge"].tolist() == [f"{value:.3f}" for value in shuffled.accuracy.values[:, 2].mean(axis=1)]
+    assert alone.attrs["caption"] == "Mean ± standard deviation over 5 folds."
+
+
+def test_p_values_are_a_column_and_that_of_the_best_layer_a_remark(shuffled: xr.Dataset) -> None:
+    table = shuffled.lz.table("accuracy")
+    assert table.columns.tolist()[:4] == ["ridge", "ridge p", "mass_mean", "mass_mean p"]
+    best = []
+    any_layer = {}
+    for number, probe in enumerate(("ridge", "mass_mean")):
+        real, drawn = shuffled.accuracy.values[:, number].mean(axis=1), shuffled.accuracy_shuffled.values[:, number]
+        p = [(1 + sum(drawn[layer] >= real[layer] - 1e-12)) / 21 for layer in range(3)]
+        any_layer[probe] = [(1 + sum(drawn.max(axis=0) >= real[layer] - 1e-12)) / 21 for layer in range(3)]
+        assert table[f"{probe} p"].tolist() == [f"{value:.2g}" for value in p]
+        best.append(f"{probe}: accuracy at layer {real.argmax()} has p = {any_layer[probe][real.argmax()]:.2g}")
+    remarks = [
+        "p: the permutation p-value of each layer by itself; of 20 shuffles it is at least 1/21 = 0.048.",
+        f"p of the best of 3 layers, where a shuffle counts that is as good in any layer: {'; '.join(best)}.",
+    ]
+    assert table.attrs["caption"].splitlines()[2:] == remarks
+    latex = shuffled.lz.table("accuracy", format="latex")
+    assert [f"% {remark}" for remark in remarks] == latex.splitlines()[3:5]
+    assert f"& ${table['ridge p'][0]}$ &" in latex
+    assert "* p: the permutation" in shuffled.lz.table("accuracy", format="markdown")
+    rows = list(csv.DictReader(io.StringIO(shuffled.lz.table("accuracy", format="csv"))))
+    assert [row["ridge p"] for row in rows] == table["ridge p"].tolist()
+    assert [row["mass_mean p any layer"] for row in rows] == [f"{value:.2g}" for value in any_layer["mass_mean"]]
+    one = shuffled.isel(layer=[1]).lz.table("accuracy")
+    assert one["ridge p"].tolist() == table["ridge p"].tolist()[1:2]
+    assert "p of the best" not in one.attrs["caption"], "of a single layer nothing was chosen"
+
+
 # -- formats ---------------------------------------------------------------------------------------------------------------
 
 
 def parse_latex(text: str) -> list[list[str]]:
     """The rows of a plain tabular; every special character outside of math is an escape, and braces are balanced."""
-    found = re.fullmatch(r"% [^\n]*\n\\begin\{tabular\}\{(l*r*)\}\n(.*)\\end\{tabular\}\n", text, re.DOTALL)
+    found = re.fullmatch(r"(?:% [^\n]*\n)+\\begin\{tabular\}\{(l*r*)\}\n(.*)\\end\{tabular\}\n", text, re.DOTALL)
     assert found
     rows = []
     for line in found[2].splitlines():
@@ -194,6 +265,22 @@ def test_latex_has_no_character_that_is_not_escaped() -> None:
     assert [row[0] for row in rows[2:]] == ["{[}0{]}", r"{*}1\_{*}"]
     mean, spread = str(scores.lz.table().iloc[1, 6]).split(" ± ")
     assert rows[3][7] == rf"${mean} \pm {spread}$"
+
+
+def test_latex_says_what_was_scored_and_shortens_controls_of_a_single_probe() -> None:
+    names = ["ridge", "shuffled_labels:ridge", "majority"]
+    attrs = {"labels": "truth", "variable": "resid_mean", "model": "acme/toy", "n_prompts": 1198, "n_dropped": 2, "groups": "pair"}
+    scores = scores_of(np.full((2, 3, 5), 0.5), names, attrs=attrs)
+    scores = scores.assign_coords(kind=("probe", ["probe", "control", "control"]))
+    lines = scores.lz.table(format="latex").splitlines()
+    assert lines[1] == "% truth from resid_mean; model acme/toy; 1198 prompts, 2 without label left out; folds by pair."
+    assert parse_latex("\n".join([*lines, ""]))[0] == ["layer", "ridge", r"shuffled\_labels", "majority"]
+    few = scores.assign_attrs(model="", n_prompts=1, n_dropped=0, groups="").lz.table(format="latex").splitlines()
+    assert few[1] == "% truth from resid_mean; 1 prompt."
+    assert scores.drop_attrs().lz.table(format="latex").splitlines()[1].startswith(r"\begin{tabular}")
+    several = scores.assign_coords(kind=("probe", ["probe", "control", "probe"]))
+    assert r"shuffled\_labels:ridge" in several.lz.table(format="latex")
+    assert r"shuffled\_labels:ridge" in scores.lz.table(format="markdown"), "as elsewhere"
 
 
 def test_markdown_is_the_same_table_after_it_was_rendered() -> None:

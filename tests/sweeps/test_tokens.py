@@ -699,6 +699,15 @@ def test_masks_select_tokens_by_a_span_of_characters() -> None:
     assert selected_text(array, lz.mask_tokens(array, span="it", position=slice(None, 20))) == ["it", ""]
 
 
+def test_a_span_that_is_in_no_prompt_warns() -> None:
+    array = spelled()
+    with pytest.warns(UserWarning, match="span='Zzz' is in none of the texts of 2 prompts: the mask selects no token") as caught:
+        assert not lz.mask_tokens(array, span="Zzz").any()
+    assert [Path(warning.filename).name for warning in caught] == ["test_tokens.py"]
+    with pytest.warns(UserWarning, match="span='Zzz' is not in the text of the only prompt"):
+        lz.mask_tokens(array.isel(token=array.prompt.values == array.prompt.values[0]), span="Zzz")
+
+
 def test_masks_select_tokens_by_the_role_of_their_message() -> None:
     array = spelled()
     for chats in (CHATS, dict(zip(RENDERED, CHATS, strict=True))):
