@@ -166,8 +166,6 @@ def clear_cache(model: Model | None = None, *, url: Place = None, legacy: bool =
     ------
     InvalidArgumentError
         The cache is remote and the call does not name it.
-    ModelNotStoredError
-        The cache holds other models, and not this one.
     ReadOnlyError
     """
     log = cache_logger()
@@ -176,10 +174,7 @@ def clear_cache(model: Model | None = None, *, url: Place = None, legacy: bool =
     if opened is not None:
         opened = opened.own
         _may_remove(url, opened)
-        groups = opened.matching(model, whole=False)
-        if model is not None and not groups and not (old is not None and old.models(model)):
-            check_is_stored(opened, model)
-        for info in groups:
+        for info in opened.matching(model, whole=False):
             gone, _ = remove_entries(opened.catalog, opened.entries(info), columns=False, hide=False)
             opened.drop_empty_group(info)
             summary = summary.joined(ClearSummary.of(gone))

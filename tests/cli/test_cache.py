@@ -13,7 +13,6 @@ from command_line import call, call_json
 from stores import GROUP, make_batch
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.errors import ModelNotStoredError
 from lmprobe_zarr.store.store import Store
 
 
@@ -85,8 +84,7 @@ def test_evict_says_why_there_is_nothing_to_evict(capsys: pytest.CaptureFixture[
 
 
 def test_a_model_that_is_not_there_is_not_cleared(cache: Store, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ModelNotStoredError, match=r"model 'acme/toi' is not in .* \(did you mean 'acme/toy'\?\)"):
-        lz.clear_cache("acme/toi")
+    assert lz.clear_cache("acme/toi") == 0, "as lmprobe's, so that a script may clear twice"
     for options in (["--yes"], ["--dry-run"]):
         code, _, err = call(capsys, "clear", "--model", "acme/toi", *options)
         assert (code, "did you mean 'acme/toy'?" in err) == (1, True)

@@ -145,7 +145,7 @@ def test_rounded_values_are_never_gone_on_from(options: dict[str, Any], saved: C
     plan = lz.plan_extract(model, PROMPTS, store=store, layers=[3], pooling=[], keep_tokens=True)
     # What bits were kept is not written down, so it is seen in the values when they are read.
     assert plan.continued_from == (1 if "keep_bits" in options else None)
-    run(model, store, layers=[3])
+    run(model, store, layers=[3], storage_dtype="float32")
     found, right = store.tokens(prompts=PROMPTS).resid.sel(layer=3), plain.tokens(prompts=PROMPTS).resid.sel(layer=3)
     np.testing.assert_array_equal(found.values, right.values)
 

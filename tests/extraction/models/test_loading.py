@@ -230,7 +230,7 @@ except ex.loading.ModelNotFoundError as error:
     assert "revision" not in none
     assert "compute_dtype" not in none
     assert "owner/never-seen" in done.stdout.splitlines()[1]
-    assert "hub id" in done.stdout.splitlines()[1]
+    assert "HF_HUB_OFFLINE is set" in done.stdout.splitlines()[1]
 
 
 @pytest.mark.parametrize("make", [Path, str])
