@@ -728,7 +728,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     for bad, message in (
         (["--temperature", "1"], "--temperature is for answers: add --generate"),
         (["-n", "2"], "--samples is for answers"),
-        (["--generate", "--temperature", "-1"], "temperature=-1.0 is no number"),
+        (["--generate", "--temperature", "-1"], "--temperature -1.0 is no number"),
     ):
         code, _, err = call(capsys, *arguments, *bad)
         assert code != 0

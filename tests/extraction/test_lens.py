@@ -315,7 +315,7 @@ def test_errors_name_the_value_and_the_way_out(llama: tuple[Path, lz.Store], tmp
         lz.logit_lens(mean, tiny_model("llama", "AutoModelForCausalLM"), device="cpu")
     with pytest.raises(InvalidArgumentError, match="does not predict the next token"):
         lz.logit_lens(mean, tiny_models("bert"), device="cpu")
-    with pytest.raises(ModelNotFoundError, match="no folder of that name"):
+    with pytest.raises(ModelNotFoundError, match="no folder of this name"):
         lz.logit_lens(mean, "no/such-model")
     headless = save_tiny("llama", tmp_path / "headless")
     with pytest.raises(ModelNotFoundError, match="was saved without its head"):
