@@ -169,7 +169,7 @@ def clear_cache(model: Model | None = None, *, url: Place = None, legacy: bool =
     ReadOnlyError
     """
     log = cache_logger()
-    opened, old = open_cache(url, "a"), lmprobe_entries(url, "auto")
+    opened = open_cache(url, "a")
     summary = ClearSummary()
     if opened is not None:
         opened = opened.own
@@ -178,6 +178,7 @@ def clear_cache(model: Model | None = None, *, url: Place = None, legacy: bool =
             gone, _ = remove_entries(opened.catalog, opened.entries(info), columns=False, hide=False)
             opened.drop_empty_group(info)
             summary = summary.joined(ClearSummary.of(gone))
+    old = lmprobe_entries(url, "auto")
     if old is not None and legacy:
         if not old.storage.is_local:
             raise InvalidArgumentError(
