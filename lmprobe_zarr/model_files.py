@@ -48,6 +48,9 @@ READ_BYTES: Final = 1 << 22
 WEIGHT_ENDINGS: Final = (".bin", ".safetensors")
 # Settings of a tokenizer object that change its tokens and are not in its backend.
 TOKENIZER_SETTINGS: Final = ("truncation_side", "split_special_tokens", "add_bos_token", "add_eos_token")
+# Digests of loaded tokenizers, by a digest of what they are written as: a tokenizer that was edited is written otherwise.
+MOST_CANONICAL: Final = 64
+_CANONICAL: Final[dict[str, str]] = {}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -176,16 +179,30 @@ def tokenizer_digest(folder: Path) -> str | None:
 def tokenizer_object_digest(tokenizer: Any) -> str:
     """``sha256:…`` over the content of a loaded tokenizer, without its current padding and truncation."""
     backend = getattr(tokenizer, "backend_tokenizer", None) if getattr(tokenizer, "is_fast", False) else None
+    settings = {name: getattr(tokenizer, name, None) for name in TOKENIZER_SETTINGS}
     if backend is not None:
-        content = json.loads(backend.to_str())
-        content["padding"] = content["truncation"] = None
-    else:
-        special = getattr(tokenizer, "special_tokens_map", {})
-        content = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab(), "special": special}
-        settings = getattr(tokenizer, "init_kwargs", {})
-        # The paths of its files do not matter.
-        content["init"] = {str(k): v for k, v in settings.items() if not str(k).endswith(("_file", "name_or_path", "chat_template"))}
-    content["settings"] = {name: getattr(tokenizer, name, None) for name in TOKENIZER_SETTINGS}
+        return _digest_of_backend(backend.to_str(), settings)
+    special = getattr(tokenizer, "special_tokens_map", {})
+    content = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab(), "special": special}
+    given = getattr(tokenizer, "init_kwargs", {})
+    # The paths of its files do not matter.
+    content["init"] = {str(k): v for k, v in given.items() if not str(k).endswith(("_file", "name_or_path", "chat_template"))}
+    return _digest_of({**content, "settings": settings})
+
+
+def _digest_of_backend(text: str, settings: Mapping[str, Any]) -> str:
+    """The digest of a tokenizer that writes itself as JSON, whose many entries are put into their canonical form once."""
+    seen = hashlib.sha256(f"{json.dumps(settings, sort_keys=True, default=str)}\0{text}".encode()).hexdigest()
+    digest = _CANONICAL.get(seen)
+    if digest is None:
+        digest = _digest_of({**json.loads(text), "padding": None, "truncation": None, "settings": settings})
+        if len(_CANONICAL) >= MOST_CANONICAL:
+            _CANONICAL.clear()
+        _CANONICAL[seen] = digest
+    return digest
+
+
+def _digest_of(content: Mapping[str, Any]) -> str:
     return "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -41,9 +41,13 @@ __all__ = ["Written", "fill_here"]
 WINDOW_BATCHES: Final = 64
 # The caller's part_seconds shortens windows, as if each batch took this long: at 0 a window is one batch.
 BATCH_SECONDS: Final = 60 / 64
-# What is held of one window in memory, and beyond that in a scratch file. There are two windows: one fills while one is written. Of all
-# scratch files together there must be this many times as much free space.
+# How much is collected for one window, beside what makes up 32 batches. It does not depend on the machine, so that the same prompts
+# make the same batches everywhere.
 WINDOW_BYTES: Final = 64 << 20
+# What is held of one window in memory, by what is free, and beyond that in a scratch file. There are two windows: one fills while one is
+# written. Of all scratch files together there must be this many times as much free space.
+MEMORY_SHARE: Final = 64
+MEMORY_BYTES: Final = 256 << 20
 SCRATCH_BYTES: Final = 4 << 30
 SCRATCH_SHARE: Final = 8
 # What a streamed run may take of the free space.
@@ -82,7 +86,7 @@ def fill_here(work: Work, options: Options) -> Written:
         ingest.put_all(_with_columns(window, rows, work, written.columns_of_window(), store_text=options.store_text))
 
     scratch, folder = _scratch(target)
-    in_order = InOrder(put, rows, memory=WINDOW_BYTES, folder=folder)
+    in_order = InOrder(put, rows, memory=_window_memory(), folder=folder)
     bar = progress_bar(tokens, description="extract", unit="tok", enabled=options.progress and tokens > 0)
     try:
         with bar as advance, closing(in_order), ingest:
@@ -170,6 +174,12 @@ def _with_columns(
     for batch in batches:
         more = columns(rows[digest] for digest in batch.sha256)
         yield with_columns(batch, rows, work.columns, store_text=store_text, more=more)
+
+
+def _window_memory() -> int:
+    """Bytes of one window that are held in memory."""
+    free = models.free_on("cpu")
+    return max(WINDOW_BYTES, min(MEMORY_BYTES, (0 if free is None else free) // MEMORY_SHARE))
 
 
 def _scratch(target: Store) -> tuple[int, str | None]:

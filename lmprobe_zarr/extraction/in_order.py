@@ -130,7 +130,8 @@ def _ordered(batches: list[TokenBatch], places: Mapping[str, int], scratch: _Scr
         by_token = [
             (j, concat_ranges(ends[:-1][at], lengths[at]), concat_ranges(starts[j][rows], lengths[at])) for j, at, rows in by_prompt
         ]
-        gathered = _Gathered(batches, scratch, by_prompt, by_token, stop - start, int(ends[-1]))
+        runs = [(j, list(zip(_ranges(ends[at], lengths[at]), _ranges(starts[j][r], lengths[at]), strict=True))) for j, at, r in by_prompt]
+        gathered = _Gathered(batches, scratch, by_prompt, by_token, runs, stop - start, int(ends[-1]))
         yield replace(
             first,
             sha256=gathered.listed([batch.sha256 for batch in batches]),
@@ -182,10 +183,10 @@ class _Scratch:
                 f"cannot be written ({error}): free some space there, or use a smaller batch_tokens="
             ) from error
 
-    def take(self, array: Array, rows: Ints, axis: int) -> Array:
-        """Some rows of an array of the window, in memory or in the file."""
+    def values(self, array: Array) -> Array:
+        """The values of an array of the window, in memory or in the file."""
         spilled = self._spilled.get(id(array))
-        return spilled.take(rows, axis) if spilled is not None else array[:, rows] if axis else array[rows]
+        return array if spilled is None else spilled.mapped()
 
     def _written(self, file: IO[bytes], array: Array) -> Array:
         offset = file.seek(0, 2)
@@ -206,41 +207,43 @@ class _Spilled:
     dtype: Any
     stand_in: Array  # held, so that its id stays its own
 
-    def take(self, rows: Ints, axis: int) -> Array:
+    def mapped(self) -> Array:
+        """The array, mapped anew for each slice of prompts, so that no more of the file counts as memory."""
         self.file.flush()
-        # Mapped for this one copy, so that no more of the file counts as memory.
-        mapped = np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
-        return np.asarray(mapped[:, rows] if axis else mapped[rows])
+        return np.asarray(np.memmap(self.file, self.dtype, "r", self.offset, self.shape))
 
 
 Rows = list[tuple[int, Ints, Ints]]
+Runs = list[tuple[int, list[tuple[slice, slice]]]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Gathered:
-    """One slice of prompts, gathered from the batches that hold them: from which batch, to which places, from which rows."""
+    """One slice of prompts, gathered from the batches that hold them: from which batch, to which places, from which rows.
+
+    The tokens of a prompt are next to each other in both, so `runs` has a slice for each, which is copied as a whole.
+    """
 
     batches: list[TokenBatch]
     scratch: _Scratch
     by_prompt: Rows
     by_token: Rows
+    runs: Runs
     n_prompts: int
     n_tokens: int
 
     def variable(self, level: str, name: str) -> Array:
-        rows = self.by_prompt if level == "prompts" else self.by_token
         total = self.n_prompts if level == "prompts" else self.n_tokens
         axis = 0 if name in self.batches[0].unlayered else 1
         arrays = [(batch.prompts if level == "prompts" else batch.tokens)[name] for batch in self.batches]
         shape = list(arrays[0].shape)
         shape[axis] = total
         found = np.empty(shape, arrays[0].dtype)
-        for j, there, here in rows:
-            values = self.scratch.take(arrays[j], here, axis)
-            if axis:
-                found[:, there] = values
-            else:
-                found[there] = values
+        at_rows, by_prompt = found.swapaxes(0, axis), [(j, [(there, here)]) for j, there, here in self.by_prompt]
+        for j, pairs in by_prompt if level == "prompts" else self.runs:
+            values = self.scratch.values(arrays[j]).swapaxes(0, axis)
+            for there, here in pairs:
+                at_rows[there] = values[here]
         return found
 
     def column(self, columns: list[Any], rows: Rows) -> Array:
@@ -256,6 +259,10 @@ class _Gathered:
             for place, row in zip(there.tolist(), here.tolist(), strict=True):
                 found[place] = columns[j][row]
         return found
+
+
+def _ranges(starts: Ints, lengths: Ints) -> Iterator[slice]:
+    return map(slice, starts.tolist(), (starts + lengths).tolist())
 
 
 def _row_nbytes(arrays: Mapping[str, Array], rows: int) -> int:

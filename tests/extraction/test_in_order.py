@@ -76,6 +76,7 @@ def test_rows_of_every_part_and_of_the_view_are_in_the_callers_order(
 ) -> None:
     monkeypatch.setattr(fill, "WINDOW_BATCHES", batches)
     monkeypatch.setattr(fill, "WINDOW_BYTES", window_bytes)
+    monkeypatch.setattr(fill, "MEMORY_BYTES", window_bytes)
     monkeypatch.setattr(in_order, "SLICE_BYTES", 4_000)
     run(llama, PROMPTS, acts, pooling=["last_token", "mean"], keep_tokens=True, batch_tokens=64, coords={"label": LABELS})
     assert written(acts) == PROMPTS
@@ -256,3 +257,9 @@ def test_any_batches_come_out_in_order_with_their_own_values(data: st.DataObject
     np.testing.assert_array_equal(np.concatenate([each.tokens["embed"] for each in taken]), np.concatenate([v[0] for v in values]))
     means = np.stack([v.mean(axis=1) for v in values], axis=1)
     np.testing.assert_array_equal(np.concatenate([each.prompts["resid_mean"] for each in taken], axis=1), means)
+
+
+@pytest.mark.parametrize(("free", "held"), [(None, 64), (1 << 30, 64), (8 << 30, 128), (1 << 40, 256)])
+def test_a_window_takes_a_64th_of_the_free_memory_within_bounds(free: int | None, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmprobe_zarr.extraction.models.free_on", lambda _device: free)
+    assert fill._window_memory() == held << 20

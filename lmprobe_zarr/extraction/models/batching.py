@@ -22,11 +22,11 @@ __all__ = [
     "next_batch",
 ]
 
-DEVICE_TOKENS: Final = {"cuda": 16384, "mps": 4096, "cpu": 1024}  # on two cores, 1,024 to 1,536 tokens stay in the caches
+DEVICE_TOKENS: Final = {"cuda": 16384, "mps": 4096, "cpu": 640}  # on two cores, 384 to 768 tokens stay in the caches
 # Bounds the activations that are kept of one batch. They exist on the device, and on the host while they are written.
 BATCH_BYTES: Final = 256 << 20
 LEAST_TOKENS: Final = 256
-SCRATCH_BATCHES: Final = 16
+SCRATCH_BATCHES: Final = 32
 # Bytes of a logit while it is computed, whatever its dtype.
 LOGIT_BYTES: Final = 4
 
@@ -42,7 +42,7 @@ class Windows:
     nbytes : int
         Bytes of activations that are collected of one window at most …
     scratch_nbytes : int
-        … and as many more where these hold fewer than 16 batches.
+        … and as many more where these hold fewer than 32 batches.
     """
 
     batches: int
@@ -59,7 +59,7 @@ class Windows:
         batch_tokens, batch_prompts : int
             The most that a batch holds.
         """
-        # Beyond 16 batches a window saves little padding, so no file is written for more.
+        # Beyond 32 batches a window saves little padding, so no file is written for more.
         batch_bytes = int(nbytes.sum() * batch_tokens // max(1, lengths.sum()))
         most_bytes = max(self.nbytes, min(self.nbytes + self.scratch_nbytes, SCRATCH_BATCHES * batch_bytes))
         ends = [(np.cumsum(nbytes), most_bytes), (np.cumsum(np.minimum(lengths, batch_tokens)), self.batches * batch_tokens)]

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -51,6 +53,8 @@ ROUNDING: Final = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 3e-2
 SAME_SHAPE: Final = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 # With reduced precision of matrix products (TF32), float32 rounds more.
 REDUCED: Final = 2e-2
+# A model that its user has loaded is given to many calls. What was examined holds as long as its fingerprint and its settings do.
+_EXAMINED: Final[WeakKeyDictionary[nn.Module, tuple[str, Conduct]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +66,7 @@ class _Alone:
 
 
 def check_model(loaded: LoadedModel) -> Conduct:
-    """How a model has to be run; examined once per loaded model.
+    """How a model has to be run; examined once per loaded model, and once per model object until it is edited.
 
     Raises
     ------
@@ -73,13 +77,23 @@ def check_model(loaded: LoadedModel) -> Conduct:
     if known is None:
         # As prompts are run: hooks do not run in compiled code.
         with running(loaded.turn), uncompiled(loaded.module):
-            known = loaded.checked["conduct"] = _examine(loaded)
+            known = loaded.checked["conduct"] = _examined(loaded)
         loaded.recorded["padding"] = known.padding
         loaded.recorded["causal"] = known.causal
         for name, path in loaded.located.paths.items():
             loaded.recorded[f"found_{name}"] = path
         if len(set(loaded.located.mixers)) > 1:
             loaded.recorded["mixers"] = list(loaded.located.mixers)
+    return known
+
+
+def _examined(loaded: LoadedModel) -> Conduct:
+    settings = loaded.provenance, loaded.recorded, loaded.located.paths, str(loaded.device), loaded.spread
+    key = json.dumps(settings, sort_keys=True, default=str)
+    held, known = _EXAMINED.get(loaded.module, ("", None))
+    if known is None or held != key:
+        known = _examine(loaded)
+        _EXAMINED[loaded.module] = key, known
     return known
 
 

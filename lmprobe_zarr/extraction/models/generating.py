@@ -64,6 +64,7 @@ _SWITCHED_OFF: Final = {
 # A step of generation reads all weights for a single token of each prompt, so a batch may be larger than one whose activations are kept: it
 # holds keys and values only. It is halved where the device runs out of memory.
 MORE_TOKENS: Final = 4
+LEAST_TOKENS: Final = 1024
 LONG: Final = 7
 SHORT: Final = 3
 CHECKED_STEPS: Final = 3
@@ -119,7 +120,7 @@ def generate_answers(
     width = head_width(loaded.located.head, loaded.vocab_size) or 0
     most = 1 if conduct.padding == "single" else most_prompts_with_logits(width)
     most = most if batch_prompts is None else min(most, batch_prompts)
-    budget = MORE_TOKENS * default_batch_tokens(loaded.device.type) if batch_tokens is None else batch_tokens
+    budget = MORE_TOKENS * max(LEAST_TOKENS, default_batch_tokens(loaded.device.type)) if batch_tokens is None else batch_tokens
     loaded.checked["generation_batches"] = "padded" if mixed else "single" if most == 1 else "equal"
     starts = offsets_of(prompts.lengths)
     ids = [prompts.token_ids[starts[i] : starts[i + 1]] for i in range(len(prompts))]

@@ -15,8 +15,10 @@ from lmprobe_zarr.extraction.models.batching import is_out_of_memory
 
 __all__ = ["CHUNK", "TensorBits", "inner_tensors", "without_gradients"]
 
-# Elements at a time: 8 MiB of int64, and as much again for the product.
+# Elements of one sum: 8 MiB of int64, and as much again for the product.
 CHUNK: Final = 1 << 20
+# Elements at a time on a processor, so that what is multiplied stays in its caches. A sum does not depend on it.
+CACHED: Final = 1 << 17
 # splitmix64's constants, as signed 64-bit numbers.
 SPREAD: Final = 0x9E3779B97F4A7C15 - (1 << 64)
 MIX: Final = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -40,11 +42,14 @@ def _words(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _chunk_sums(tensor: torch.Tensor, multipliers: torch.Tensor) -> Iterator[torch.Tensor]:
-    words = _words(tensor)
+    words, step = _words(tensor), CACHED if tensor.device.type == "cpu" else CHUNK
     for start in range(0, words.numel(), CHUNK):
-        part = words[start : start + CHUNK].to(torch.int64)
+        sums = []
+        for at in range(start, min(start + CHUNK, words.numel()), step):
+            part = words[at : min(at + step, start + CHUNK)].to(torch.int64)
+            sums.append(part.mul_(multipliers[at - start : at - start + part.numel()]).sum())
         # Integer products and sums wrap around, so the result is the same on every device and in every order.
-        yield part.mul_(multipliers[: part.numel()]).sum()
+        yield torch.stack(sums).sum()
 
 
 def inner_tensors(tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -264,3 +265,26 @@ def test_the_own_forward_on_a_module_changes_nothing_and_another_does() -> None:
     assert model_fingerprint(model) != first
     block.forward = lambda *given, **named: type(block).forward(block, *given, **named)
     assert model_fingerprint(model) != first
+
+
+@pytest.mark.parametrize("step", [1, 7, 1000, 1 << 20, 1 << 22])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_the_digest_of_a_tensor_is_that_of_plain_integers_however_many_are_summed_at_a_time(
+    step: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lmprobe_zarr.extraction.models import tensor_bits
+
+    monkeypatch.setattr(tensor_bits, "CACHED", step)
+    monkeypatch.setattr(tensor_bits, "CHUNK", 1 << 12)
+    values = (torch.randn(5, 1237, generator=torch.Generator().manual_seed(0)) * 50).to(getattr(torch, dtype))
+    digest = tensor_bits.TensorBits().digest("w", values, lambda _name, value: value)
+    raw = values.contiguous().view(torch.uint8).numpy().tobytes()
+    words = np.frombuffer(raw, "<i4" if len(raw) % 4 == 0 else "u1").tolist()
+    sums = []
+    for start in range(0, len(words), 1 << 12):
+        total = 0
+        for place, word in enumerate(words[start : start + (1 << 12)], 1):
+            spread = place * 0x9E3779B97F4A7C15 % 2**64
+            total += word * (((spread ^ spread >> 30) * 0xBF58476D1CE4E5B9 % 2**64) | 1)
+        sums.append((total + 2**63) % 2**64 - 2**63)
+    assert digest[2] == hashlib.sha256(np.array(sums, "<i8").tobytes()).hexdigest()
