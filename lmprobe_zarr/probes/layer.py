@@ -6,6 +6,8 @@ Never a probe, a label or a scheduler.
 
 from __future__ import annotations
 
+import functools
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -18,6 +20,14 @@ import xarray as xr
 from lmprobe_zarr.typing import Array
 
 __all__ = ["as_fit_dtype", "fits_running", "not_finite_rows", "read_layer"]
+
+
+@functools.lru_cache(maxsize=1)
+def _libraries(modules: int) -> Any:  # noqa: ARG001 — libraries come with modules, so they are looked for again when there are more
+    """What sets the threads of the libraries that this process has loaded; looking for them takes 5 ms."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
 
 
 class _FitsRunning:
@@ -35,18 +45,18 @@ class _FitsRunning:
     @contextmanager
     def __call__(self) -> Iterator[None]:
         from sklearn.exceptions import ConvergenceWarning
-        from threadpoolctl import threadpool_limits
 
+        libraries = _libraries(len(sys.modules))
         with self._lock:
             self._inside += 1
             if self._inside == 1:
-                self._restore.enter_context(threadpool_limits(1, user_api="blas"))
+                self._restore.enter_context(libraries.limit(limits=1, user_api="blas"))
                 self._restore.enter_context(warnings.catch_warnings())
                 # Callers count fits that did not converge and warn once.
                 warnings.simplefilter("ignore", ConvergenceWarning)
         try:
             # OpenMP's limit belongs to the thread that sets it.
-            with threadpool_limits(1, user_api="openmp"):
+            with libraries.limit(limits=1, user_api="openmp"):
                 yield
         finally:
             with self._lock:

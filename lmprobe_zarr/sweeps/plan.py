@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -451,7 +451,7 @@ def _attributes(fits: FitPlan, data: Data, cv: str, seed: int) -> dict[str, Any]
         "preprocessing": fits.preprocessing or "",
         "variable": "" if data.dataset is not None or array.name is None else str(array.name),
         "estimators": [" ".join(repr(estimator).split()) for estimator in estimators],
-        "versions": _versions(),
+        "versions": list(_versions()),
     }
     if fits.solver != "scikit-learn":
         attrs |= {"solver": fits.solver, "device": fits.device}
@@ -516,7 +516,8 @@ def _test_folds(folds: Sequence[Fold], rows: Array, repeats: Array) -> Array:
     return found
 
 
-def _versions() -> list[str]:
+@cache
+def _versions() -> tuple[str, ...]:
     from importlib.metadata import version
 
-    return [f"{package} {version(package)}" for package in ("lmprobe-zarr", "scikit-learn", "numpy", "xarray", "dask")]
+    return tuple(f"{package} {version(package)}" for package in ("lmprobe-zarr", "scikit-learn", "numpy", "xarray", "dask"))
