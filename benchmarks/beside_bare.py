@@ -41,7 +41,6 @@ class Bare:
             tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
             mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
             self._batches.append((tokens, mask))
-        self.padded = sum(tokens.numel() for tokens, _ in self._batches)
         self.reset()
 
     def reset(self) -> None:
