@@ -22,7 +22,7 @@ import s3_server
 from few import few_of
 from hypothesis import settings
 from tiny_models import SharedModels
-from warmed import Warmed
+from warmed import Warmed, fork_workers
 
 import lmprobe_zarr as lz
 from lmprobe_zarr import config
@@ -56,6 +56,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Else gcsfs asks over gRPC what kind of bucket it is, which the server of the tests does not answer.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+
+fork_workers()
 
 # On a machine that others use too, a worker may take more than half a minute to be there.
 os.environ.setdefault("DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT", "180s")

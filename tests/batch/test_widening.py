@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import numpy as np
 import pytest
+from warmed import Warmed
 
 from lmprobe_zarr.batch import copy_rows, widen, widening
 
@@ -60,7 +60,7 @@ def test_rows_are_copied_to_slices_lists_and_columns() -> None:
     copy_rows(empty, np.zeros((3, 7), np.float32), np.zeros(0, np.int64), ())
 
 
-def test_small_numbers_stay_where_the_processor_takes_them_for_zero() -> None:
+def test_small_numbers_stay_where_the_processor_takes_them_for_zero(warmed: Warmed) -> None:
     pytest.importorskip("torch")
     script = """
 import sys, threading, numpy as np, torch
@@ -80,7 +80,7 @@ expected = values.astype(np.float32)
 assert flags == [True, True], flags
 assert np.array_equal(wide, expected, equal_nan=True)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = warmed.run(script)
     if done.returncode == 5:
         pytest.skip("this processor cannot take small numbers for zero")
     assert done.returncode == 0, done.stderr

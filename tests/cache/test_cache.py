@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 import time
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from paths import SUPPORT
 from stores import GROUP, make_batch
 
 import lmprobe_zarr as lz
@@ -606,24 +604,16 @@ def test_a_damaged_part_is_logged_and_skipped_if_others_serve(cache: Store) -> N
 
 # ------------------------------------------------------------------------------------------------------------- concurrency
 
-WRITER = """
-import sys, lmprobe_zarr as lz
-sys.path.insert(0, {tests!r})
-from stores import GROUP, make_batch
-store = lz.open_store({root!r})
-for i in range(25):
-    store.write(GROUP, make_batch([f"shared {{i}}", f"{{sys.argv[1]}} {{i}}"], seed=i))
-"""
+
+def write_25(root: Path, name: str) -> None:
+    store = lz.open_store(root)
+    for i in range(25):
+        store.write(GROUP, make_batch([f"shared {i}", f"{name} {i}"], seed=i))
 
 
-@pytest.fixture
-def two_writers(tmp_path: Path) -> list[subprocess.Popen[bytes]]:
-    code = WRITER.format(tests=str(SUPPORT), root=str(tmp_path / "s"))
-    return [subprocess.Popen([sys.executable, "-c", code, name]) for name in ("one", "two")]
-
-
-def test_two_processes_lose_no_line_of_the_list(two_writers: list[subprocess.Popen[bytes]], tmp_path: Path) -> None:
-    assert [process.wait(timeout=120) for process in two_writers] == [0, 0]
+def test_two_processes_lose_no_line_of_the_list(tmp_path: Path) -> None:
+    with get_context("forkserver").Pool(2) as pool:
+        pool.starmap(write_25, [(tmp_path / "s", name) for name in ("one", "two")], chunksize=1)
     listed = [cached.prompt for cached in lz.list_cached_prompts("acme/toy", store=tmp_path / "s")]
     assert len(listed) == len(set(listed)) == 75
 

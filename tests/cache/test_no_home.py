@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from warmed import Warmed
 
 BEGIN = """
 import os, pwd, warnings
@@ -61,19 +60,17 @@ assert len(ours) == 1 and "LMPROBE_CACHE_DIR" in str(ours[0].message), [str(w.me
 """
 
 
-def run(code: str, folder: Path, *arguments: str) -> None:
+def run(warmed: Warmed, code: str, folder: Path, *arguments: str) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LMPROBE_")} | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", BEGIN + code, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    done = warmed.run(BEGIN + code, *arguments, cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr
     assert not (folder / "~").exists()
 
 
-def test_without_a_home_directory_a_call_that_names_its_store_works(tmp_path: Path) -> None:
-    run(NAMED, tmp_path)
+def test_without_a_home_directory_a_call_that_names_its_store_works(warmed: Warmed, tmp_path: Path) -> None:
+    run(warmed, NAMED, tmp_path)
 
 
 @pytest.mark.model
-def test_without_a_home_directory_a_model_is_extracted_and_a_probe_warns_once(tmp_path: Path, tiny_models: Any) -> None:
-    run(MODEL, tmp_path, str(tiny_models("gpt2")))
+def test_without_a_home_directory_a_model_is_extracted_and_a_probe_warns_once(warmed: Warmed, tmp_path: Path, tiny_models: Any) -> None:
+    run(warmed, MODEL, tmp_path, str(tiny_models("gpt2")))

@@ -241,7 +241,7 @@ def _messages() -> Iterator[str]:
     """Every text of an error or a warning of the package, with 1 in place of its values."""
     for file in sorted((ROOT / "lmprobe_zarr").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            warns = isinstance(node, ast.Call) and "warn" in ast.dump(node.func)
+            warns = isinstance(node, ast.Call) and "warn" in getattr(node.func, "attr", getattr(node.func, "id", ""))
             raised = node.exc if isinstance(node, ast.Raise) else node if warns else None
             for part in () if raised is None else ast.walk(raised):
                 if isinstance(part, ast.JoinedStr):
@@ -263,6 +263,8 @@ def _commands() -> Iterator[argparse.ArgumentParser]:
 def test_every_message_names_an_option_where_the_command_has_one_for_the_argument() -> None:
     messages = sorted(set(_messages()))
     assert len(messages) > 1000
+    messages = [message for message in messages if "=" in message]
+    assert len(messages) > 100
     for command in _commands():
         names = {option[2:].replace("-", "_") for option in command._option_string_actions if option.startswith("--")} - {"json", "help"}
         argument = re.compile(rf"(?:^|[ (])(?:{'|'.join(sorted(names))})=(?!=|False|None)")

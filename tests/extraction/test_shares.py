@@ -54,7 +54,7 @@ LABELS = [number % 2 for number in range(len(TEXTS))]
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[Any]:
-    """Two workers, processes of their own that were started by spawn; shared, since they take seconds to start."""
+    """Two workers, processes of their own; shared, since they take seconds to start."""
     with (
         # By default the cluster gives up a worker that is not back 15 seconds after its death; on a busy machine starting one takes longer.
         dask.config.set({"distributed.deploy.lost-worker-timeout": "180s"}),

@@ -251,7 +251,7 @@ class ManyStores(RuleBasedStateMachine):
 
 
 ManyStores.TestCase.settings = settings(
-    max_examples=400 if STRESS else 12,
+    max_examples=400 if STRESS else 8,
     stateful_step_count=40 if STRESS else 20,
     deadline=None,
     suppress_health_check=[],

@@ -52,7 +52,7 @@ from lmprobe_zarr.store.upkeep.compact import plan_runs
 from lmprobe_zarr.store.upkeep.evict import describe_entries, plan_evict
 
 STRESS = bool(os.environ.get("LMPROBE_ZARR_STRESS"))
-INPUTS = 200_000 if STRESS else 500
+INPUTS = 200_000 if STRESS else 200
 SEEDS = st.integers(0, 2**63 - 1)
 many = settings(max_examples=INPUTS, deadline=None, database=None, parent=settings.default)
 

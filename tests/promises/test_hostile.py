@@ -175,22 +175,23 @@ def test_provenance_that_would_act_on_a_terminal_is_shown_as_what_it_is(tmp_path
 def test_model_names_made_to_climb_each_get_a_folder_of_their_own_in_the_root(tmp_path: Path) -> None:
     root = tmp_path / "deep" / "er" / "s"
     store = lz.open_store(root, durable=False)
-    for i, name in enumerate(SHOWN):
+    every = SHOWN if "LMPROBE_ZARR_STRESS" in os.environ else SHOWN[::3]
+    for i, name in enumerate(every):
         lz.write_activations(store, model=name, prompts=["p"], pooled={"resid_mean": {0: np.full((1, 4), i, "f4")}})
     fresh = lz.open_store(root)
-    assert fresh.models() == sorted(SHOWN)
-    for i, name in enumerate(SHOWN):
+    assert fresh.models() == sorted(every)
+    for i, name in enumerate(every):
         assert fresh.dataset(name).resid_mean.values.ravel().tolist() == [i] * 4
     assert [p.name for p in tmp_path.iterdir()] == ["deep"]
     assert [p.name for p in (tmp_path / "deep" / "er").iterdir()] == ["s"]
     groups = [p.name for p in root.iterdir() if p.is_dir()]
-    assert len({name.casefold() for name in groups}) == len(SHOWN), "none meets another where case is folded"
+    assert len({name.casefold() for name in groups}) == len(every), "none meets another where case is folded"
     assert all(len(name) < 100 and name.isascii() for name in groups)
     with pytest.raises(lz.errors.AmbiguousProvenanceError) as error:
         fresh.dataset()
     assert len(str(error.value)) < 3000
     assert len(str(error.value).splitlines()) <= 2
-    exported = list(SHOWN) if "LMPROBE_ZARR_STRESS" in os.environ else list(SHOWN)[::6]
+    exported = every if "LMPROBE_ZARR_STRESS" in os.environ else every[::3]
     for name in exported:
         lz.export_safetensors(fresh, tmp_path / "out" / "cache", model=name, progress=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "out"]

@@ -51,7 +51,7 @@ def run(what: str, folder: Path, step: int, *before: str) -> None:
 
 @needs_mounts
 def test_on_a_full_disk_nothing_half_shows_and_with_some_space_the_next_try_succeeds(tmp_path: Path) -> None:
-    run("full", tmp_path, 1 if STRESS else 49, *OWN_MOUNTS)
+    run("full", tmp_path, 1 if STRESS else 97, *OWN_MOUNTS)
 
 
 @pytest.mark.long

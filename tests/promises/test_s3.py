@@ -37,6 +37,7 @@ from lmprobe_zarr.storage import remote, s3_obstore, s3_uploads
 from lmprobe_zarr.storage.open import open_storage
 from lmprobe_zarr.storage.s3 import S3Storage
 from lmprobe_zarr.store.format import GroupInfo
+from lmprobe_zarr.store.parts import writer
 from lmprobe_zarr.store.store import Store
 
 # One try of botocore's, and of s3fs's where a test sets it: what is tested is what comes after them.
@@ -53,17 +54,33 @@ def url(s3: S3) -> str:
 PARTS = [make_batch([f"prompt {i}" for i in range(100 * part, 100 * (part + 1))], seed=part) for part in range(10)]
 
 
-@pytest.fixture
-def filled(url: str) -> str:
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten parts of a hundred prompts each, one chunk per layer and part."""
-    return fill(url)
+    folder = tmp_path_factory.mktemp("filled") / "acts"
+    fill(str(folder))
+    return folder
 
 
 @pytest.fixture
-def kept(s3: S3, once: list[str]) -> str:
+def filled(s3: S3, url: str, local: Path) -> str:
+    """The same on the server, its files sent by the client that takes the least time for it."""
+    return upload(s3, local, url)
+
+
+def upload(s3: S3, folder: Path, url: str) -> str:
+    storage = lz.open_store(url, storage_options=s3.options(client="obstore")).storage
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: storage.write(name, (folder / name).read_bytes(), durable=True), names))
+    return url
+
+
+@pytest.fixture
+def kept(s3: S3, local: Path, once: list[str]) -> str:
     """The same, written once, for tests that only read and count no requests: chunks that were read stay in memory."""
     if not once:
-        once.append(fill(f"s3://pub/{uuid.uuid4().hex}/acts"))
+        once.append(upload(s3, local, f"s3://pub/{uuid.uuid4().hex}/acts"))
         s3.proxy.reset()
     return once[0]
 
@@ -74,7 +91,7 @@ def once() -> list[str]:
 
 
 def fill(url: str) -> str:
-    store = lz.open_store(url)
+    store = lz.open_store(url, durable=False)
     for batch in PARTS:
         store.write(GROUP, batch)
     return url
@@ -122,19 +139,32 @@ def test_one_prompt_over_all_layers_and_two_layers_cost_one_get_per_chunk(s3: S3
     assert dict(s3.proxy.kinds()) == {"GET": 20}
 
 
-@pytest.fixture
-def wide(url: str) -> tuple[str, Any]:
-    """A part whose chunks of 4 MiB have 64 blocks each: 16 layers of 3,000 tokens × 1,024 in float16."""
+Values = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
+
+
+@pytest.fixture(scope="module")
+def local_wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Values]:
+    """A part whose chunks of 4 MiB have 64 blocks each: 16 layers of 3,000 tokens × 1,024 in float16; and its values."""
     rng = np.random.default_rng(0)
     counts = rng.integers(5, 128, 46)
     values = rng.standard_normal((16, int(counts.sum()), 1024)).astype(np.float16)
     digests = [lz.prompt_hash(f"prompt {i}").ljust(64, "0") for i in range(len(counts))]
     group = GroupInfo(model="acme/wide", num_layers=16, hidden_size=1024)
-    lz.open_store(url).write(group, TokenBatch(sha256=digests, n_tokens=counts, layers=tuple(range(16)), tokens={"resid": values}))
-    return url, (values, np.concatenate([[0], np.cumsum(counts)]))
+    folder = tmp_path_factory.mktemp("wide") / "acts"
+    batch = TokenBatch(sha256=digests, n_tokens=counts, layers=tuple(range(16)), tokens={"resid": values})
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(writer, "CHUNK_BYTES", writer.REMOTE_CHUNK_BYTES)
+        lz.open_store(folder, durable=False).write(group, batch)
+    return folder, (values, np.concatenate([[0], np.cumsum(counts)]))
 
 
-def test_one_prompt_over_sixteen_layers_costs_a_range_of_each_and_one_table(s3: S3, wide: tuple[str, Any]) -> None:
+@pytest.fixture
+def wide(s3: S3, url: str, local_wide: tuple[Path, Values]) -> tuple[str, Values]:
+    folder, values = local_wide
+    return upload(s3, folder, url), values
+
+
+def test_one_prompt_over_sixteen_layers_costs_a_range_of_each_and_one_table(s3: S3, wide: tuple[str, Values]) -> None:
     url, (values, bounds) = wide
     resid = counted(s3, url).tokens("acme/wide").resid
     nbytes = {}
@@ -151,7 +181,7 @@ def test_one_prompt_over_sixteen_layers_costs_a_range_of_each_and_one_table(s3: 
         assert sent < 1.3 * needed + 2**16, "the blocks that hold its rows, the table, and headers"
 
 
-def test_scattered_tokens_cost_their_blocks_and_a_whole_layer_never_reads_that_table(s3: S3, wide: tuple[str, Any]) -> None:
+def test_scattered_tokens_cost_their_blocks_and_a_whole_layer_never_reads_that_table(s3: S3, wide: tuple[str, Values]) -> None:
     url, (values, _) = wide
     resid = counted(s3, url).tokens("acme/wide").resid
     s3.proxy.reset()
@@ -167,7 +197,7 @@ def test_scattered_tokens_cost_their_blocks_and_a_whole_layer_never_reads_that_t
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("shards", [False, True])
-def test_a_published_copy_reads_ranges_of_few_large_objects(s3: S3, wide: tuple[str, Any], shards: bool) -> None:
+def test_a_published_copy_reads_ranges_of_few_large_objects(s3: S3, wide: tuple[str, Values], shards: bool) -> None:
     url, (values, bounds) = wide
     copy = f"{url}-copy"
     lz.open_store(url, "r").publish(copy, shards=shards, progress=False)
@@ -725,12 +755,12 @@ def sum_of(store: Store, layer: int) -> float:
 
 @pytest.mark.few(1)
 @CLIENTS
-def test_a_store_is_used_from_spawned_processes_and_from_threads(s3: S3, kept: str, client: str) -> None:
+def test_a_store_is_used_from_other_processes_and_from_threads(s3: S3, kept: str, client: str) -> None:
     store = counted(s3, kept, client=client)
     truth = [sum_of(store, layer) for layer in (0, 1, 3)]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(sum_of, [store] * 9, [0, 1, 3] * 3)) == truth * 3
-    with get_context("spawn").Pool(2) as processes:
+    with get_context("forkserver").Pool(2) as processes:
         assert processes.starmap(sum_of, [(store, layer) for layer in (0, 1, 3)]) == truth
     array = pickle.loads(pickle.dumps(store.dataset().resid_mean))  # noqa: S301 — our own bytes
     assert float(array.sel(layer=1).values.sum()) == truth[1]

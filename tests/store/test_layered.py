@@ -164,7 +164,7 @@ def test_a_layered_store_travels_to_other_processes(layered: Store) -> None:
     again = pickle.loads(pickle.dumps(layered))  # noqa: S301 — our own bytes
     assert again.dataset().sizes["prompt"] == 4
     lazy = layered.dataset().resid_mean.isel(layer=1)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with multiprocessing.get_context("forkserver").Pool(1) as pool:
         np.testing.assert_array_equal(pool.apply(_read, (lazy,)), lazy.values)
         assert pool.apply(_texts, (layered,)) == ["one", "two", "three", "four"]
 

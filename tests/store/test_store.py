@@ -3,17 +3,15 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-import subprocess
-import sys
 import threading
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import xarray as xr
-from paths import SUPPORT
 from stores import GROUP, make_batch
 
 import lmprobe_zarr as lz
@@ -570,16 +568,15 @@ def test_threads_write_and_read_one_root_at_the_same_time(store: Store) -> None:
     assert set(lz.open_store(store.url).dataset().text.values) == {f"{k}-{i}" for k in (*range(4), "shared") for i in range(4)}
 
 
+def write_five(root: Path, name: str) -> None:
+    store = lz.open_store(root)
+    for i in range(5):
+        store.write(GROUP, make_batch([f"{name}-{i}", f"shared-{i}"], seed=i))
+
+
 def test_processes_write_one_root_at_the_same_time(tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import lmprobe_zarr as lz; from stores import GROUP, make_batch\n"
-        "store = lz.open_store(sys.argv[2])\n"
-        "for i in range(5): store.write(GROUP, make_batch([f'{sys.argv[3]}-{i}', f'shared-{i}'], seed=i))\n"
-    )
-    here = str(SUPPORT)
-    running = [subprocess.Popen([sys.executable, "-c", code, here, str(tmp_path / "s"), str(k)]) for k in range(3)]
-    assert [process.wait(120) for process in running] == [0, 0, 0]
+    with get_context("forkserver").Pool(3) as pool:
+        pool.starmap(write_five, [(tmp_path / "s", str(k)) for k in range(3)], chunksize=1)
     data = lz.open_store(tmp_path / "s", mode="r").dataset()
     assert sorted(data.text.values) == sorted({f"{k}-{i}" for k in (*range(3), "shared") for i in range(5)})
     assert np.isfinite(data.resid_mean.values).all()

@@ -512,7 +512,7 @@ def test_spawned_workers_of_a_dataloader_give_every_row_once_resumably(tokens: x
         every += [rows[step % 2][bounds[step % 2][step // 2] : bounds[step % 2][step // 2 + 1]] for step in range(steps)]
         assert sorted(flat(every[-steps:])) == list(range(tokens.sizes["token"]))
     batches = tokens.lz.batches(**options, start_step=1)
-    loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=2, multiprocessing_context="spawn")
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=2, multiprocessing_context="forkserver")
     assert len(loader) == len(batches) == 2 * steps - 1
     assert [labels["row"].tolist() for _, labels in loader] == every[1:]
 

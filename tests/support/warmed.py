@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import importlib
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -36,6 +37,18 @@ PACKAGES = (
     "s3fs",
     "lmprobe_zarr.extraction.models.loading",
 )
+
+
+def fork_workers() -> None:
+    """Have Dask fork worker processes from one that has imported the heavy packages, so that each worker need not import them again."""
+    import dask
+
+    dask.config.set({"multiprocessing.context": "forkserver", "distributed.worker.multiprocessing-method": "forkserver"})
+    if "distributed" in sys.modules:
+        from distributed.utils import get_mp_context
+
+        get_mp_context()  # type: ignore[no-untyped-call]  # which chooses packages of its own, once
+    multiprocessing.set_forkserver_preload(list(PACKAGES))
 
 
 class Warmed:
@@ -149,6 +162,7 @@ if __name__ == "__main__":
             # Not installed, or it needs what is not; a module of ours that is missing is a fault.
             if (absent.name or "").startswith("lmprobe_zarr"):
                 raise
+    fork_workers()
     work = serve()
     if work:
         status: Any = 0

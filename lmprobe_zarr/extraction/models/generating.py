@@ -255,7 +255,7 @@ def _completion(tokenizer: Any, ids: Ints) -> str:
     return str(tokenizer.decode(ids.tolist(), **options))
 
 
-class _Ends(stopping_criteria.StoppingCriteria):
+class _Ends(stopping_criteria.StoppingCriteria):  # type: ignore[misc]
     """Ends the answers, and knows after how many tokens each ended; 0 where none has."""
 
     def __init__(self, rows: int, start: int, end_ids: Sequence[int], others: Sequence[Any]) -> None:
@@ -294,7 +294,7 @@ def _warpers(settings: Settings, device: torch.device) -> list[Any]:
     return found
 
 
-class _Sampler(logits_process.LogitsProcessor):
+class _Sampler(logits_process.LogitsProcessor):  # type: ignore[misc]
     """Leaves one token of each row: the first at which the sum of probabilities goes beyond the row's random number."""
 
     def __init__(self, warpers: Sequence[Any], uniform: Any, start: int) -> None:
@@ -342,7 +342,7 @@ def _scores(loaded: LoadedModel, ids: Sequence[Ints], token_id: int) -> torch.Te
     return torch.stack(forced.seen)
 
 
-class _Forced(logits_process.LogitsProcessor):
+class _Forced(logits_process.LogitsProcessor):  # type: ignore[misc]
     """Takes the same token at each step, and keeps the logits."""
 
     def __init__(self, token_id: int) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +18,7 @@ from paths import SUPPORT
 from s3_server import S3
 from stores import GROUP, Stops, make_batch
 from versions import old_format
+from warmed import Warmed
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.errors import LmprobeZarrError
@@ -138,12 +137,10 @@ def test_two_upgrades_at_once_leave_the_same_view(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
-def test_upgrades_that_are_killed_at_any_moment_are_completed_by_the_next(tmp_path: Path) -> None:
+def test_upgrades_that_are_killed_at_any_moment_are_completed_by_the_next(warmed: Warmed, tmp_path: Path) -> None:
     """In a process of its own that forks, because a parent must have no threads when it forks."""
-    command = [sys.executable, __file__, str(tmp_path)]
-    paths = os.pathsep.join([str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": paths}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    code = "import sys; sys.path[:0] = sys.argv[1:3]; from test_upgrade import Path, kill_upgrades; print(kill_upgrades(Path(sys.argv[3])))"
+    done = warmed.run(code, str(SUPPORT), str(Path(__file__).parent), str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(done.stdout.split()[-1]) >= (5 if STRESS else 1), "children that were killed in the middle"
 
@@ -267,7 +264,3 @@ def test_format_1_is_written_where_a_test_asks_for_it(tmp_path: Path) -> None:
     with old_format():
         lz.open_store(tmp_path / "s", durable=False).write(GROUP, make_batch(["a"]))
     assert [part.info.version for part in parts(tmp_path / "s")] == [1]
-
-
-if __name__ == "__main__":
-    sys.stdout.write(f"kills {kill_upgrades(Path(sys.argv[1]))}\n")
