@@ -80,7 +80,7 @@ NEWER := $(shell for python in python3.14 python3.13 python3.12 $$(ls -d $$HOME/
 	"$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1 && { echo "$$python"; break; }; done)
 
 # Not again on the second interpreter: servers, documents, foreign files, processes that are killed, each way in which sweeps may differ, and more
-# than three parameter sets of a test.
+# than one parameter set of a test.
 CORE_SKIPS := not (kill_9 or remote_places or another_sweep)
 CORE_TESTS := tests/batch tests/cli tests/probes/test_files.py tests/storage tests/store tests/streaming tests/tokens tests/sweeps/test_sweep.py \
 	tests/test_accessor.py tests/test_backend.py tests/test_config.py tests/test_display.py \
@@ -92,7 +92,7 @@ ifeq ($(NEWER),)
 else
 	@$(MAKE) --no-print-directory $(CORE)/ready
 	$(CORE)/bin/python -c 'import zarr; print("test-core: zarr", zarr.__version__)'
-	$(CORE)/bin/python -m pytest -n 2 --dist worksteal -m "not model" -k "$(CORE_SKIPS)" --few 3 -p no:cacheprovider $(CORE_TESTS) --ignore tests/store/upkeep
+	$(CORE)/bin/python -m pytest -n 2 --dist worksteal -m "not model" -k "$(CORE_SKIPS)" --few 1 -p no:cacheprovider $(CORE_TESTS) --ignore tests/store/upkeep
 endif
 
 $(CORE)/ready: pyproject.toml

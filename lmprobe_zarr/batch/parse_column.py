@@ -110,8 +110,10 @@ def _of_pandas(name: str, given: Any) -> Column:
         return _named(column, "object") if plain.kind == "O" and column.kind.name == "text" else column
     if isinstance(dtype, pd.StringDtype):
         column = _of_objects(name, np.asarray(given, object).tolist())
+        if column.kind.name == "missing":
+            return _named(_no_texts(len(column)), str(dtype))
         # The dtype that pandas itself gives to texts needs no name.
-        return column if str(dtype) == "str" else _named(column if column.kind.name != "missing" else _no_texts(len(column)), str(dtype))
+        return column if str(dtype) == "str" else _named(column, str(dtype))
     if isinstance(dtype, pd.SparseDtype):
         return _of_numpy(name, np.asarray(given))
     missing = np.asarray(pd.isna(given), bool)

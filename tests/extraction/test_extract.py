@@ -701,6 +701,7 @@ print("kills", kills)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children, so that each round need not import torch again")
 def test_kill_9_at_random_moments_leaves_whole_prompts_only(llama: Path, acts: Store, warmed: Warmed) -> None:
     rounds = 300 if os.environ.get("LMPROBE_ZARR_STRESS") else 5

@@ -182,7 +182,7 @@ def restored(root: Path, part: Part) -> Callable[[], None]:
     return restore
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_where_the_chunk_table_lies_values_come_by_the_blocks(copied: tuple[Path, Part]) -> None:
     root, part = copied
     restore, before = restored(root, part), (root / part.path / "zarr.json").read_bytes()
@@ -196,7 +196,7 @@ def test_where_the_chunk_table_lies_values_come_by_the_blocks(copied: tuple[Path
         restore()
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_where_the_block_table_lies_values_come_by_the_chunks(copied: tuple[Path, Part]) -> None:
     root, part = copied
     restore = restored(root, part)
@@ -206,7 +206,7 @@ def test_where_the_block_table_lies_values_come_by_the_chunks(copied: tuple[Path
         restore()
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_where_both_tables_lie_nothing_is_read(copied: tuple[Path, Part]) -> None:
     root, part = copied
     restore, shards = restored(root, part), part.info.has_shards

@@ -238,6 +238,7 @@ def curves_of(page: lz.Report) -> dict[str, Any]:
 KINDS_OF_LABELS: dict[str, list[Any]] = {"float": [0.0, 1.0], "str": ["art", "sport"], "bool": [False, True]}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", KINDS_OF_LABELS)
 def test_prompts_without_a_label_are_left_out_if_asked(kind: str, tmp_path: Path) -> None:
     two = KINDS_OF_LABELS[kind]

@@ -258,7 +258,7 @@ def test_folds_of_tokens_are_drawn_for_shuffled_labels() -> None:
         scores = lz.sweep_tokens(tokens_of(x, prompt, label=y), "label", "ridge", 8, controls={"shuffled_labels": 12}, random_state=seed)
         found.append(scores.accuracy_shuffled.sel(probe="ridge").mean().item())
     oracle = []
-    for seed in range(20):
+    for seed in range(40):
         rng = np.random.default_rng(1000 + seed)
         x, y = np.repeat(rng.normal(size=(16, 30)), 3, 0) + rng.normal(size=(48, 30)), rng.permutation(np.arange(16) % 2)
         for train, test in StratifiedKFold(8, shuffle=True, random_state=seed).split(y, y):

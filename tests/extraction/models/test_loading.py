@@ -200,37 +200,54 @@ def test_a_folder_is_named_by_its_last_part_and_a_cached_snapshot_by_its_hub_id(
 # ---------------------------------------------------------------- the hub, from its local cache only
 
 
-def test_a_hub_model_is_known_by_the_commit_in_the_local_cache(llama: Path, tmp_path: Path) -> None:
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    repo = tmp_path / "models--owner--some-model"
-    shutil.copytree(llama, repo / "snapshots" / commit)
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+# As those of peft: the order of a set of names depends on the process.
+SETTINGS = {"target_modules": {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"}, "r": 4}
+
+
+@pytest.fixture(scope="module")
+def elsewhere(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What a process says that has another hash of texts, and a cache of the Hub with a model."""
+    folder = tmp_path_factory.mktemp("hub")
+    repo = folder / "models--owner--some-model"
+    shutil.copytree(llama, repo / "snapshots" / COMMIT)
     (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(commit)
+    (repo / "refs" / "main").write_text(COMMIT)
     code = f"""
 import json, lmprobe_zarr.extraction.models as ex
+from lmprobe_zarr.extraction.models.fingerprint import model_fingerprint
+from lmprobe_zarr.extraction.models.identity import settings_digest
+from tiny_models import tiny_model
 known = ex.identify("owner/some-model")
 loaded = ex.load_model("owner/some-model", device="cpu")
-exact = ex.identify("owner/some-model", revision={commit!r})
+exact = ex.identify("owner/some-model", revision={COMMIT!r})
 other = ex.identify("owner/some-model", revision="f" * 40)
 none = ex.identify("owner/never-seen")
-print(json.dumps([known.name, known.provenance, loaded.provenance, exact.provenance, known.num_layers, other.provenance, none.provenance]))
 try:
-    ex.load_model("owner/never-seen")
-except ex.loading.ModelNotFoundError as error:
-    print(error)
+    error = ex.load_model("owner/never-seen")
+except ex.loading.ModelNotFoundError as caught:
+    error = str(caught)
+found = [known.name, known.provenance, loaded.provenance, exact.provenance, known.num_layers, other.provenance, none.provenance]
+print(json.dumps([*found, error, model_fingerprint(tiny_model("gemma2")), settings_digest({SETTINGS!r})]))
 """
-    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "error::UserWarning"}
+    environment = {**os.environ, "HF_HUB_CACHE": str(folder), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "error::UserWarning"}
+    environment |= {"PYTHONHASHSEED": "5", "PYTHONPATH": str(SUPPORT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    name, known, loaded, exact, layers, other, none = json.loads(done.stdout.splitlines()[0])
+    found: list[Any] = json.loads(done.stdout)
+    return found
+
+
+def test_a_hub_model_is_known_by_the_commit_in_the_local_cache(elsewhere: list[Any]) -> None:
+    name, known, loaded, exact, layers, other, none, error = elsewhere[:8]
     assert name == "owner/some-model"
     assert known == loaded == exact
-    assert (known["revision"], known["weights"], known["compute_dtype"], layers) == (commit, None, "float32", 4)
+    assert (known["revision"], known["weights"], known["compute_dtype"], layers) == (COMMIT, None, "float32", 4)
     assert other["revision"] == "f" * 40
     assert "revision" not in none
     assert "compute_dtype" not in none
-    assert "owner/never-seen" in done.stdout.splitlines()[1]
-    assert "HF_HUB_OFFLINE is set" in done.stdout.splitlines()[1]
+    assert "owner/never-seen" in error
+    assert "HF_HUB_OFFLINE is set" in error
 
 
 @pytest.mark.parametrize("make", [Path, str])
@@ -563,20 +580,11 @@ def test_a_key_does_not_change_with_use(kind: str, options: dict[str, Any], tmp_
         assert fingerprint_of(transformers.AutoModel.from_pretrained(tmp_path, **how)) == first
 
 
-def test_a_key_and_a_digest_of_settings_are_the_same_in_every_process() -> None:
-    settings = {"target_modules": {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"}, "r": 4}
-    code = (
-        "from tiny_models import tiny_model\n"
-        "from lmprobe_zarr.extraction.models.fingerprint import model_fingerprint\n"
-        "from lmprobe_zarr.extraction.models.identity import settings_digest\n"
-        f"print(model_fingerprint(tiny_model('gemma2')), settings_digest({settings!r}))"
-    )
+def test_a_key_and_a_digest_of_settings_are_the_same_in_every_process(elsewhere: list[Any]) -> None:
     from lmprobe_zarr.extraction.models.fingerprint import model_fingerprint
     from lmprobe_zarr.extraction.models.identity import settings_digest
 
-    environment = {**os.environ, "PYTHONHASHSEED": "5", "PYTHONPATH": str(SUPPORT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout.split() == [model_fingerprint(tiny_model("gemma2")), settings_digest(settings)]
+    assert elsewhere[8:] == [model_fingerprint(tiny_model("gemma2")), settings_digest(SETTINGS)]
 
 
 def steer_with_hook(model: Any) -> None:

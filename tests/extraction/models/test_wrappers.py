@@ -105,6 +105,7 @@ def test_distributed_data_parallel_has_the_values_and_the_key_of_the_model_insid
     check_the_same(torch.nn.parallel.DistributedDataParallel(llama()))
 
 
+@pytest.mark.long
 def test_compiled_code_is_there_again_after_a_run() -> None:
     model = compile_forward(compile_in_place(llama()))
     before = {name: vars(model)[name] for name in ("forward", "_compiled_call_impl")}

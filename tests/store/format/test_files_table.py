@@ -331,7 +331,7 @@ def test_a_table_pickles_before_and_after_it_was_used() -> None:
 
 
 def test_many_threads_may_use_a_table_first_at_the_same_time() -> None:
-    for _ in range(5):
+    for _ in range(2):
         shared = table(5000)
         start = threading.Barrier(8)
         found: list[Any] = []

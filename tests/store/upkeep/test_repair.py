@@ -676,7 +676,7 @@ def url(s3: S3) -> str:
     return f"s3://team/{uuid.uuid4().hex}/acts"
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "damage"),
     [
@@ -684,7 +684,6 @@ def url(s3: S3) -> str:
         ("array document", "emptied"), ("part document", "flipped"),
     ],
 )  # fmt: skip
-@pytest.mark.few(1)
 def test_damage_is_found_and_repaired_on_s3(url: str, kind: str, damage: Damage) -> None:
     case, parts = CASES[kind], parts_of(build(url))
     storage = open_storage(url)

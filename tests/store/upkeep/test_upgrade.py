@@ -199,6 +199,7 @@ def shown_bytes(found: Shown) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------- S3
 
 
+@pytest.mark.long
 @pytest.mark.few(1)
 @pytest.mark.parametrize("after", [1, 4, 9])
 def test_an_upgrade_on_s3_that_was_stopped_is_completed_and_its_uploads_are_aborted(
