@@ -54,7 +54,7 @@ demo: setup
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy --num-workers 2
 	$(VENV)/bin/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 # The tests of a room lie in the folder of its name; a file that is no room's runs the tests of the package's promises.
@@ -163,6 +163,7 @@ bench: setup $(PEER)/ready
 	$(VENV)/bin/python -m benchmarks.sequences
 	$(VENV)/bin/python -m benchmarks.latents
 	$(VENV)/bin/python -m benchmarks.head
+	$(VENV)/bin/python -m benchmarks.continued
 	$(VENV)/bin/python -m benchmarks.far
 
 docs: setup

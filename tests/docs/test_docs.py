@@ -47,8 +47,12 @@ def save_t5(folder: Path) -> None:
     tiny_tokenizer(encoder=True).save_pretrained(folder)
 
 
+# Worker processes that each import everything take as long as five other pages; `tests/extraction/test_shares.py` has them too.
+RUN = [pytest.param(p, marks=[pytest.mark.long] * (p.stem == "distributed"), id=p.stem) for p in PAGES if blocks(p, "python")]
+
+
 @pytest.mark.model
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
+@pytest.mark.parametrize("page", RUN)
 def test_every_python_block_runs(page: Path, gpt2: Path, warmed: Warmed, tmp_path: Path) -> None:
     shutil.copytree(gpt2, tmp_path / "gpt2")
     code = "\n".join(blocks(page, "python"))
