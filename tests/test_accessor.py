@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import xarray as xr
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -61,7 +62,7 @@ def shuffled_tokens(draw: st.DrawFn) -> xr.Dataset:
 
 
 @given(shuffled_tokens(), st.integers(-3, 3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40, 300), deadline=None)
 def test_at_takes_one_token_of_every_prompt(data: xr.Dataset, position: int) -> None:
     rows = rows_of(data)
     if any(not -len(r) <= position < len(r) for r in rows.values()):
@@ -83,7 +84,7 @@ def test_at_takes_one_token_of_every_prompt(data: xr.Dataset, position: int) -> 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("pooling", list(REDUCE))
 @given(data=shuffled_tokens())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30, 300), deadline=None)
 def test_pool_is_a_loop_over_prompts(pooling: str, data: xr.Dataset) -> None:
     rows = rows_of(data)
     pooled = data.lz.pool(pooling)
@@ -102,7 +103,7 @@ def test_pool_is_a_loop_over_prompts(pooling: str, data: xr.Dataset) -> None:
 
 
 @given(shuffled_tokens())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30, 300), deadline=None)
 def test_padded_puts_every_token_at_its_own_position(data: xr.Dataset) -> None:
     padded = data.lz.padded()
     places, rows = sorted(set(data.position.values.tolist())), rows_of(data)

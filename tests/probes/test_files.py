@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
@@ -443,7 +444,7 @@ def expected_or_refused(data: bytes, name: str) -> None:
     same_predictions(whole, parsed, x)
 
 
-@settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(80, 400), suppress_health_check=[HealthCheck.too_slow])
 @given(name=st.sampled_from(sorted(WHOLE)), place=PLACES, until=PLACES, new=st.binary(max_size=12))
 def test_bytes_that_are_changed_anywhere_are_refused_or_change_nothing(name: str, place: int, until: int, new: bytes) -> None:
     data = WHOLE[name]
@@ -463,7 +464,7 @@ def places(value: Any) -> list[tuple[Any, Any]]:
     return [(value, key) for key in keys] + [place for key in keys for place in places(value[key])]
 
 
-@settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(80, 400), suppress_health_check=[HealthCheck.too_slow])
 @given(name=st.sampled_from(sorted(WHOLE)), place=PLACES, new=WEIRD)
 def test_a_document_changed_anywhere_under_a_fitting_digest_gives_our_errors_only(name: str, place: int, new: Any) -> None:
     def change(document: dict[str, Any]) -> None:
@@ -479,7 +480,7 @@ def test_a_document_changed_anywhere_under_a_fitting_digest_gives_our_errors_onl
     assert len(parsed.predict(x)) == len(x)
 
 
-@settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(80, 400), suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.binary(max_size=200), length=st.integers(0, 2**64 - 1))
 def test_noise_is_no_probe(data: bytes, length: int) -> None:
     for hostile in (data, length.to_bytes(8, "little") + b"{" + data, len(data).to_bytes(8, "little") + data):

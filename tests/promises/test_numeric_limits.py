@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
@@ -58,7 +59,7 @@ def stored(values: npt.NDArray[Any], *, tokens: bool, compressed: bool = True, p
     return found
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30, 300))
 @given(st.data(), st.sampled_from(["float16", "float32", "float64"]), st.booleans(), st.booleans())
 def test_values_stored_without_rounding_are_read_bit_for_bit(data: st.DataObject, dtype: str, tokens: bool, compressed: bool) -> None:
     shape = data.draw(array_shapes(min_dims=3, max_dims=3, max_side=5))
@@ -72,7 +73,7 @@ def test_values_stored_without_rounding_are_read_bit_for_bit(data: st.DataObject
 FRACTION = {"float16": 10, "bfloat16": 7, "float32": 23}
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(50, 300))
 @given(st.data(), st.sampled_from([*FRACTION]), st.sampled_from(["float32", "float64"]), st.booleans())
 def test_rounding_errors_are_within_the_promised_bound(data: st.DataObject, dtype: str, source: str, tokens: bool) -> None:
     keep_bits = data.draw(st.none() | st.integers(1, FRACTION[dtype]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import os
 from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
@@ -15,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -384,7 +384,7 @@ def frames(draw: st.DrawFn) -> pd.DataFrame:
     return pd.DataFrame(columns).set_axis([f"p{i}" for i in range(rows)])
 
 
-@settings(max_examples=300 if "LMPROBE_ZARR_STRESS" in os.environ else 15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(15, 300), deadline=None, suppress_health_check=list(HealthCheck))
 @given(frame=frames(), seed=st.integers(0, 2**32 - 1))
 def test_random_frames_come_back_the_same(tmp_path_factory: pytest.TempPathFactory, frame: pd.DataFrame, seed: int) -> None:
     store = lz.open_store(tmp_path_factory.mktemp("frames"), durable=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 import random
 import uuid
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import xarray as xr
+from examples import examples
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -475,7 +475,7 @@ def attempt(data: Any, operation: Operation, seed: int) -> tuple[Any, Exception 
     specs=st.lists(part_specs(), min_size=1, max_size=4),
     chain=st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 2**16)), min_size=1, max_size=4),
 )
-@settings(max_examples=300 if os.environ.get("LMPROBE_ZARR_STRESS") else 10, deadline=None)
+@settings(max_examples=examples(10, 300), deadline=None)
 def test_chains_of_operations_give_what_plain_xarray_gives(level: str, specs: list[PartSpec], chain: list[tuple[Operation, int]]) -> None:
     assume(level == "prompts" or any(spec.sites for spec in specs))  # without tokens there is no such view
     url = f"memory://{uuid.uuid4().hex}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import tempfile
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shown_values import assert_same, shown
@@ -65,7 +65,7 @@ def write_item(store: Store, item: Item, seed: int, shapes: list[int]) -> None:
     store.write(GROUP, make_batch(texts, seed=seed, n_tokens=item["counts"][: len(texts)], columns=columns, **shape))
 
 
-@settings(max_examples=300 if os.environ.get("LMPROBE_ZARR_STRESS") else 5)
+@settings(max_examples=examples(5, 300))
 @given(seed=st.integers(0, 2**32 - 1))
 def test_any_store_shows_the_same_after_compaction_and_whatever_is_written_then(seed: int) -> None:
     # Drawn by the seed, not by hypothesis item by item: that draws short and equal lists, in which little meets.

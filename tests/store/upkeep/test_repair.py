@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import xarray as xr
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import OLD_STORES
@@ -340,7 +341,7 @@ def test_a_damaged_file_is_never_a_wrong_value_and_is_found_and_taken_out(kind: 
 
 
 @pytest.mark.few(1)
-@settings(max_examples=300 if os.environ.get("LMPROBE_ZARR_STRESS") else 4)
+@settings(max_examples=examples(4, 300))
 @given(st.dictionaries(st.integers(0, 10**6), st.sampled_from(["deleted", "truncated", "emptied", "flipped"]), min_size=1, max_size=8))
 def test_many_damages_at_once_are_all_found_and_nothing_wrong_is_ever_read(
     whole: Path, tmp_path_factory: pytest.TempPathFactory, damaged: dict[int, Damage]
