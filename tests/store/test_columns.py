@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lmprobe_zarr as lz
+from lmprobe_zarr.batch.columns import Column, ColumnKind
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.store import Store
 
@@ -334,6 +335,14 @@ def test_columns_of_tokens_are_those_of_their_prompts(store: Store) -> None:
     got = store.tokens("m").lz.to_dataframe().reset_index(drop=True)
     expected = frame.iloc[np.repeat(np.arange(ROWS), np.arange(ROWS) + 1)].reset_index(drop=True)
     pd.testing.assert_frame_equal(got[list(frame)], expected)
+
+
+def test_texts_of_pandas_3_are_missing_where_they_were_with_every_pandas() -> None:
+    """A store of another machine may say ``str`` of a column: before pandas 3 that is a dtype of numpy, where what is missing reads "nan"."""
+    column = Column(np.array(["a", ""], object), ColumnKind(name="text", dtype="str"), np.array([False, True]))
+    shown = pd.Series(column.to_pandas())
+    assert shown.isna().tolist() == [False, True]
+    assert shown[0] == "a"
 
 
 def test_columns_survive_netcdf_copy_and_publication(store: Store, tmp_path: Path) -> None:
