@@ -338,7 +338,7 @@ def test_columns_of_tokens_are_those_of_their_prompts(store: Store) -> None:
 
 
 def test_texts_of_pandas_3_are_missing_where_they_were_with_every_pandas() -> None:
-    """A store of another machine may say ``str`` of a column: before pandas 3 that is a dtype of numpy, where what is missing reads "nan"."""
+    """A store of another machine may say ``str``: before pandas 3 that is a dtype of numpy, where what is missing reads "nan"."""
     column = Column(np.array(["a", ""], object), ColumnKind(name="text", dtype="str"), np.array([False, True]))
     shown = pd.Series(column.to_pandas())
     assert shown.isna().tolist() == [False, True]
