@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from stores import GROUP, make_batch
+from stores import GROUP, make_batch, write_shared
 
 import lmprobe_zarr as lz
 from lmprobe_zarr import config
@@ -605,15 +605,9 @@ def test_a_damaged_part_is_logged_and_skipped_if_others_serve(cache: Store) -> N
 # ------------------------------------------------------------------------------------------------------------- concurrency
 
 
-def write_25(root: Path, name: str) -> None:
-    store = lz.open_store(root)
-    for i in range(25):
-        store.write(GROUP, make_batch([f"shared {i}", f"{name} {i}"], seed=i))
-
-
 def test_two_processes_lose_no_line_of_the_list(tmp_path: Path) -> None:
     with get_context("forkserver").Pool(2) as pool:
-        pool.starmap(write_25, [(tmp_path / "s", name) for name in ("one", "two")], chunksize=1)
+        pool.starmap(write_shared, [(tmp_path / "s", name, 25) for name in ("one", "two")], chunksize=1)
     listed = [cached.prompt for cached in lz.list_cached_prompts("acme/toy", store=tmp_path / "s")]
     assert len(listed) == len(set(listed)) == 75
 

@@ -47,7 +47,7 @@ def save_t5(folder: Path) -> None:
     tiny_tokenizer(encoder=True).save_pretrained(folder)
 
 
-# Worker processes that each import everything take as long as five other pages; `tests/extraction/test_shares.py` has them too.
+# Worker processes that are started as by default, each importing everything; those of `tests/extraction/test_shares.py` are forked.
 RUN = [pytest.param(p, marks=[pytest.mark.long] * (p.stem == "distributed"), id=p.stem) for p in PAGES if blocks(p, "python")]
 
 

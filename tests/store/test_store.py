@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
-from stores import GROUP, make_batch
+from stores import GROUP, make_batch, write_shared
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.batch import prompt_hash, prompt_sha256
@@ -568,15 +568,9 @@ def test_threads_write_and_read_one_root_at_the_same_time(store: Store) -> None:
     assert set(lz.open_store(store.url).dataset().text.values) == {f"{k}-{i}" for k in (*range(4), "shared") for i in range(4)}
 
 
-def write_five(root: Path, name: str) -> None:
-    store = lz.open_store(root)
-    for i in range(5):
-        store.write(GROUP, make_batch([f"{name}-{i}", f"shared-{i}"], seed=i))
-
-
 def test_processes_write_one_root_at_the_same_time(tmp_path: Path) -> None:
     with get_context("forkserver").Pool(3) as pool:
-        pool.starmap(write_five, [(tmp_path / "s", str(k)) for k in range(3)], chunksize=1)
+        pool.starmap(write_shared, [(tmp_path / "s", str(k), 5) for k in range(3)], chunksize=1)
     data = lz.open_store(tmp_path / "s", mode="r").dataset()
     assert sorted(data.text.values) == sorted({f"{k}-{i}" for k in (*range(3), "shared") for i in range(5)})
     assert np.isfinite(data.resid_mean.values).all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from lmprobe_zarr.errors import MissingPromptsError
 from lmprobe_zarr.storage.base import Storage
 from lmprobe_zarr.storage.pieces import PieceWriter
 from lmprobe_zarr.store.format.group import GroupInfo
-from lmprobe_zarr.store.store import Store
+from lmprobe_zarr.store.store import Store, open_store
 
 GROUP = GroupInfo(model="acme/toy", provenance={"revision": "abc"}, num_layers=4, hidden_size=8)
 
@@ -190,6 +191,13 @@ def make_batch(
         prompts={"resid_mean": pooled},
         prompt_columns=columns or {},
     )
+
+
+def write_shared(root: Path, name: str, count: int) -> None:
+    """Write so many parts, each of a prompt of one's own and one that others write too; for processes."""
+    store = open_store(root)
+    for i in range(count):
+        store.write(GROUP, make_batch([f"{name}-{i}", f"shared-{i}"], seed=i))
 
 
 def kept_tokens(store: Store) -> xr.Dataset:

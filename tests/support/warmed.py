@@ -162,7 +162,6 @@ if __name__ == "__main__":
             # Not installed, or it needs what is not; a module of ours that is missing is a fault.
             if (absent.name or "").startswith("lmprobe_zarr"):
                 raise
-    fork_workers()
     work = serve()
     if work:
         status: Any = 0
